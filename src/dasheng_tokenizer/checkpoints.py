@@ -1,0 +1,208 @@
+"""Where weights come from: the embedded default, folders, hub names, and published weights of frozen encoders.
+
+Only safetensors are read. The one exception is a local `.pt` file of the original Dasheng release, read by PyTorch's
+restricted unpickler (`weights_only=True`), because its authors publish nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, DashengTokenizerError
+
+PUBLISHED = "mispeech/dashengtokenizer"
+"""Hub name of the authors' weights."""
+
+DASHENG_SIZES = {768: (12, 12), 1280: (32, 16), 1536: (40, 24)}
+"""Width → (depth, heads) of the published Dasheng encoders: base, 0.6B (also MiDashengLM's) and 1.2B."""
+
+WHISPER_FIELDS = (
+    "d_model",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "num_mel_bins",
+    "max_source_positions",
+    "activation_function",
+)
+
+
+def embedded_default() -> Path:
+    """Folder of the model that ships inside the package."""
+    return Path(str(files("dasheng_tokenizer").joinpath("embedded", "default")))
+
+
+def load_strictly(load: Callable[..., Any], name: str | Path | None, kwargs: dict[str, Any]) -> Any:
+    """Runs transformers' `from_pretrained` and turns each of its silent or cryptic failures into a CheckpointError."""
+    source = str(embedded_default() if name is None else name)
+    wants_info = kwargs.pop("output_loading_info", False)
+    try:
+        model, info = load(source, **{"use_safetensors": True, **kwargs, "output_loading_info": True})
+    except DashengTokenizerError:
+        raise
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{source}: the weights or config.json are damaged ({error}); download or copy it again") from error
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{source}: no model could be loaded ({reason}). Give a folder with config.json and model.safetensors, a hub name "
+            f"such as {PUBLISHED} (needs a network or a filled cache), or nothing for the embedded default"
+        ) from error
+    for word in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in info.get(word) or ())
+        if keys:
+            listed = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise CheckpointError(
+                f"{source}: {word.replace('_', ' ')}: {listed}. This is not a complete checkpoint of the architecture in its "
+                "config.json; export it again with save_pretrained"
+            )
+    return (model, info) if wants_info else model
+
+
+# ---------------------------------------------------------------------- frozen encoders
+
+
+def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and config.json (empty when absent) of a folder, a `.safetensors` file or a Dasheng `.pt` file.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent
+    names = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not names or not names[0].is_file():
+        raise CheckpointError(f"{source}: no weights found; give a folder with *.safetensors, or such a file")
+    state: dict[str, Tensor] = {}
+    try:
+        for name in names:
+            if name.suffix in (".pt", ".pth"):
+                dump = torch.load(name, map_location="cpu", weights_only=True)
+                state.update(dump.get("model", dump))
+            else:
+                state.update(load_file(name))
+        config_file = folder / "config.json"
+        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    except Exception as error:  # many kinds: safetensors, zip, unpickler, JSON
+        raise CheckpointError(f"{source}: cannot be read ({error}); download or copy it again") from error
+    return state, config
+
+
+def dasheng_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Renames Dasheng weights as published elsewhere to this package's keys of the semantic encoder.
+
+    Known layouts: the single-file release (`init_bn.1.weight`, an `outputlayer`), the same under a prefix, and
+    MiDashengLM's audio encoder (`audio_encoder.init_bn.weight`, buffers without a dot, optional layer scales `ls1.gamma`,
+    folded here into the projections that they multiply).
+
+    Raises:
+        CheckpointError: no Dasheng weights among the keys.
+    """
+    anchor = next((key for key in state if key.endswith("time_pos_embed")), None)
+    if anchor is None:
+        raise CheckpointError("no key ends in time_pos_embed: these are not weights of a Dasheng encoder")
+    prefix = anchor.removesuffix("time_pos_embed")
+    renamed: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if not key.startswith(prefix) or "outputlayer" in key:
+            continue
+        key = key.removeprefix(prefix)
+        key = re.sub(r"^init_bn\.(?=[a-z])", "init_bn.1.", key)
+        key = re.sub(r"^front_end\.(?:0\.)?spectrogram[._]window$", "front_end.0.spectrogram.window", key)
+        key = re.sub(r"^front_end\.(?:0\.)?(?:melscale_fbanks|mel_scale\.fb)$", "front_end.0.mel_scale.fb", key)
+        if match := re.fullmatch(r"(blocks\.\d+)\.ls([12])\.gamma", key):
+            scales[f"{match[1]}.{'attn.proj' if match[2] == '1' else 'mlp.fc2'}"] = tensor
+        else:
+            renamed[key] = tensor
+    for target, scale in scales.items():
+        renamed[f"{target}.weight"] = renamed[f"{target}.weight"] * scale[:, None]
+        renamed[f"{target}.bias"] = renamed[f"{target}.bias"] * scale
+    return renamed
+
+
+def _adapter_state(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """Strips the prefix under which transformers stores an encoder (`model.encoder.`, `wavlm.`, …) and adds ours."""
+    inner = {key.removeprefix("encoder.") for key in wanted if key.startswith("encoder.")}
+    prefixes = {key[: len(key) - len(name)] for name in sorted(inner)[:1] for key in state if key.endswith(name)}
+    for prefix in sorted(prefixes, key=len):
+        found = {f"encoder.{key.removeprefix(prefix)}": tensor for key, tensor in state.items() if key.startswith(prefix)}
+        found = {key: tensor for key, tensor in found.items() if key in wanted}
+        if found:
+            return found
+    return {}
+
+
+def load_semantic_weights(model: Any, source: str | Path) -> None:
+    """Fills the frozen encoder of `model` from published weights; windows and filter banks may be absent there.
+
+    Raises:
+        CheckpointError: a weight is missing or of another shape.
+    """
+    encoder = model.semantic_encoder
+    state, _ = read_weights(source)
+    wanted = encoder.state_dict()
+    dasheng = model.config.semantic_encoder["kind"] == "dasheng"
+    found = dasheng_state(state) if dasheng else _adapter_state(state, set(wanted))
+    optional = {key for key in wanted if "front_end." in key or key.endswith(("num_batches_tracked", "masked_spec_embed"))}
+    missing = sorted(set(wanted) - set(found) - optional)
+    foreign = sorted(set(found) - set(wanted))
+    wrong = [key for key in found if key in wanted and found[key].shape != wanted[key].shape]
+    for word, keys in (("missing", missing), ("unknown", foreign), ("of another shape", wrong)):
+        if keys:
+            raise CheckpointError(f"{source}: {len(keys)} weights {word}, for example {keys[0]}; is it the right encoder?")
+    encoder.load_state_dict({**wanted, **found})
+    encoder.requires_grad_(False)
+
+
+def semantic_settings(source: str | Path) -> dict[str, Any]:
+    """Configuration fields that describe the frozen encoder stored at `source`: `semantic_encoder`, and sizes for Dasheng.
+
+    Raises:
+        CheckpointError: unreadable; ConfigurationError: of a kind that is not supported.
+    """
+    state, config = read_weights(source)
+    kind = config.get("model_type", "dasheng")
+    if any(key.endswith("time_pos_embed") for key in state):
+        width = dasheng_state(state)["time_pos_embed"].shape[1]
+        depth = 1 + max(int(match[1]) for key in state if (match := re.search(r"blocks\.(\d+)\.", key)))
+        heads = config.get("num_heads") or DASHENG_SIZES.get(width, (depth, max(1, width // 64)))[1]
+        return {"semantic_encoder": {"kind": "dasheng"}, "embed_dim": width, "depth": depth, "num_heads": heads}
+    if kind == "whisper":
+        inner = {field: config[field] for field in WHISPER_FIELDS if field in config}
+    elif kind in ("wavlm", "hubert", "wav2vec2"):
+        from transformers import AutoConfig
+
+        inner = AutoConfig.for_model(**config).to_diff_dict()
+    else:
+        raise ConfigurationError(f"{source}: model type {kind!r} is no supported frozen encoder")
+    settings: dict[str, Any] = {"kind": kind, "config": inner}
+    preprocessor = Path(source) / "preprocessor_config.json"
+    if kind != "whisper" and preprocessor.is_file():
+        settings["normalize"] = bool(json.loads(preprocessor.read_text()).get("do_normalize", True))
+    return {"semantic_encoder": settings}
+
+
+def new_tokenizer(semantic_weights: str | Path, **sizes: Any) -> Any:
+    """An untrained tokenizer on the frozen encoder stored at `semantic_weights`.
+
+    Args:
+        semantic_weights: folder or file of a Whisper, WavLM, HuBERT, wav2vec2 or Dasheng encoder.
+        sizes: fields of DashengTokenizerConfig, such as decoder_embed_dim.
+    """
+    from dasheng_tokenizer.configuration import DashengTokenizerConfig
+    from dasheng_tokenizer.tokenizer import DashengTokenizerModel
+
+    model = DashengTokenizerModel(DashengTokenizerConfig(**{**semantic_settings(semantic_weights), **sizes}))
+    load_semantic_weights(model, semantic_weights)
+    return model

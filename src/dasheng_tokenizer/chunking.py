@@ -1,0 +1,262 @@
+"""Encoding and decoding of any length at constant memory, equal to doing it whole.
+
+Encoding: windows of the semantic encoder do not see each other, so a block needs only `CONTEXT` samples of audio on each
+side for its mel frames. The Dasheng front end also needs the loudest band of the whole clip, hence a cheap first pass.
+Decoding: an output sample depends on a finite number of latents on each side (`VocosDecoder.context_frames`), so blocks
+with that many neighbours give what the whole gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dasheng_tokenizer.audio import (
+    Array,
+    AudioReader,
+    AudioWriter,
+    StreamingResampler,
+    check_rate,
+    fit_length,
+    resampled_length,
+    to_audio_array,
+)
+from dasheng_tokenizer.errors import ConfigurationError, ModelMismatchError
+from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN
+from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, SAMPLING_RATE
+from dasheng_tokenizer.token_file import AudioTokens
+
+if TYPE_CHECKING:
+    from dasheng_tokenizer.tokenizer import DashengTokenizerModel
+
+Progress = Callable[[float, float], None]
+"""Called with seconds done and seconds in all."""
+
+BLOCK_TOKENS = 750
+"""Tokens a block of decoding (30 s): large enough that the neighbours computed twice cost under 10 %."""
+
+
+# ---------------------------------------------------------------------- 16 kHz blocks ↔ latents
+
+
+def context_blocks(blocks: Iterable[Array], num_samples: int, block_tokens: int) -> Iterator[tuple[Tensor, int]]:
+    """Cuts a clip that arrives in pieces into blocks of tokens with context audio (see `spectral`).
+
+    Args:
+        blocks: (channels, any) pieces at 16 kHz.
+        num_samples: what they sum up to.
+        block_tokens: tokens a block; the last has fewer.
+
+    Yields:
+        (channels, CONTEXT + 640·N + CONTEXT) samples and N.
+    """
+    total = -(-num_samples // SAMPLES_PER_TOKEN)
+    pending: Array | None = None  # from CONTEXT samples before the next block on
+    done = 0
+    source = iter(blocks)
+    while done < total:
+        size = min(block_tokens, total - done)
+        needed = size * SAMPLES_PER_TOKEN + 2 * CONTEXT
+        pieces = [] if pending is None else [pending]
+        held = 0 if pending is None else pending.shape[1]
+        missing_left = CONTEXT if pending is None else 0  # mirrored below, once enough of the clip is here
+        while held + missing_left < needed and (piece := next(source, None)) is not None:
+            pieces.append(piece)
+            held += piece.shape[1]
+        audio = np.concatenate(pieces, axis=1)
+        audio = np.pad(audio, ((0, 0), (0, max(0, needed - missing_left - held))))
+        if missing_left:
+            audio = np.concatenate([audio[:, CONTEXT:0:-1], audio], axis=1)
+        yield torch.from_numpy(np.ascontiguousarray(audio[:, :needed])), size
+        pending = audio[:, size * SAMPLES_PER_TOKEN :]
+        done += size
+
+
+def clip_level(model: DashengTokenizerModel, blocks: Iterable[Array], num_samples: int) -> Tensor | None:
+    """First pass: the level of each channel of the whole clip, (channels,); None where the encoder needs none."""
+    encoder = model.encoder.model
+    if not encoder.needs_level:
+        return None
+    level = None
+    for audio, size in context_blocks(blocks, num_samples, encoder.window_tokens):
+        frames = torch.full((len(audio),), FRAMES_PER_TOKEN * size, device=model.device)
+        piece = encoder.level(audio.to(model.device), frames)
+        level = piece if level is None else torch.maximum(level, piece)
+    return level
+
+
+@torch.inference_mode()
+def encode_blocks(
+    model: DashengTokenizerModel, blocks: Callable[[], Iterable[Array]], num_samples: int
+) -> Iterator[Tensor]:
+    """Latents of a clip at 16 kHz, window by window: yields (channels, N, D) on the CPU.
+
+    Args:
+        model: the tokenizer, in `length_mode="exact"`.
+        blocks: called for each pass over the clip; gives (channels, any) pieces.
+        num_samples: what the pieces sum up to.
+    """
+    if model.config.length_mode != "exact":
+        raise ConfigurationError('block-wise encoding is exact; load the model with length_mode="exact"')
+    level = clip_level(model, blocks(), num_samples)
+    for audio, size in context_blocks(blocks(), num_samples, model.encoder.model.window_tokens):
+        tokens = torch.full((len(audio),), size, device=model.device)
+        semantic, acoustic, _ = model._encode_context(audio.to(model.device), tokens, level)
+        yield (semantic + acoustic).cpu()
+
+
+@torch.inference_mode()
+def decode_blocks(model: DashengTokenizerModel, latents: Tensor, block_tokens: int = BLOCK_TOKENS) -> Iterator[Array]:
+    """(channels, T, D) latents → (channels, 640·N) pieces at 16 kHz."""
+    model._check_latents(latents)
+    context = -(-model.decoder.context_frames // model.config.upsample_tokens)
+    total = latents.shape[1]
+    for start in range(0, total, block_tokens):
+        end = min(start + block_tokens, total)
+        first, last = max(0, start - context), min(total, end + context)
+        audio = model._decode(latents[:, first:last].to(model.device))
+        yield audio[:, (start - first) * SAMPLES_PER_TOKEN : (end - first) * SAMPLES_PER_TOKEN].float().cpu().numpy()
+
+
+# ---------------------------------------------------------------------- any rate: arrays and files
+
+
+def _at_16k(blocks: Iterable[Array], rate: int, channels: int) -> Iterator[Array]:
+    if rate == SAMPLING_RATE:
+        yield from blocks
+        return
+    resampler = StreamingResampler(rate, SAMPLING_RATE, channels)
+    previous: Array | None = None
+    for block in blocks:
+        if previous is not None:
+            yield resampler.process(previous)
+        previous = block
+    if previous is not None:
+        yield resampler.process(previous, last=True)
+
+
+def _compress_blocks(
+    model: DashengTokenizerModel,
+    blocks: Callable[[], Iterable[Array]],
+    shape: tuple[int, int],
+    rate: int,
+    progress: Progress | None,
+) -> AudioTokens:
+    channels, samples = shape
+    num_samples = resampled_length(samples, rate, SAMPLING_RATE)
+    seconds = samples / rate
+    parts: list[Tensor] = []
+    done = 0.0
+    for part in encode_blocks(model, lambda: _at_16k(blocks(), rate, channels), num_samples):
+        parts.append(part)
+        done += part.shape[1] / model.frame_rate
+        if progress is not None:
+            progress(min(done, seconds), seconds)
+    return AudioTokens(
+        latents=torch.cat(parts, dim=1).clone(),
+        sampling_rate=rate,
+        num_samples=samples,
+        num_channels=channels,
+        frame_rate=model.frame_rate,
+        model_name=model_name(model),
+        weights_hash=model.weights_hash(),
+    )
+
+
+def _decompress_blocks(
+    model: DashengTokenizerModel, tokens: AudioTokens, force: bool, progress: Progress | None
+) -> Iterator[Array]:
+    """Pieces at the original rate that sum up to the original length."""
+    check_model(model, tokens, force)
+    at_16k = resampled_length(tokens.num_samples, tokens.sampling_rate, SAMPLING_RATE)
+    seconds = tokens.num_samples / tokens.sampling_rate
+    resampler = None
+    if tokens.sampling_rate != SAMPLING_RATE:
+        resampler = StreamingResampler(SAMPLING_RATE, tokens.sampling_rate, tokens.num_channels)
+    read = written = 0
+    for block in decode_blocks(model, tokens.latents):
+        block = block[:, : at_16k - read]
+        read += block.shape[1]
+        if resampler is not None:
+            block = resampler.process(block, last=read == at_16k)
+        block = block[:, : tokens.num_samples - written]
+        if read == at_16k:  # ceil() of both rates can leave the last sample or two open
+            block = fit_length(block, tokens.num_samples - written)
+        written += block.shape[1]
+        yield block
+        if progress is not None:
+            progress(min(read / SAMPLING_RATE, seconds), seconds)
+
+
+def model_name(model: DashengTokenizerModel) -> str:
+    """How the model calls itself in token files: its name in `provenance`, or the last part of where it was loaded from."""
+    path = str(model.config.provenance.get("name") or model.config.name_or_path or "unnamed")
+    return Path(path).name if Path(path).is_dir() else path
+
+
+def check_model(model: DashengTokenizerModel, tokens: AudioTokens, force: bool = False) -> None:
+    """Refuses tokens of other weights.
+
+    Raises:
+        ModelMismatchError: naming both models; of another latent width even with `force`.
+    """
+    if not force and tokens.weights_hash != model.weights_hash():
+        raise ModelMismatchError(
+            f"the tokens were made by {tokens.model_name} (weights {tokens.weights_hash[:12]}), this model is "
+            f"{model_name(model)} (weights {model.weights_hash()[:12]}); load the former, or use force to decode all the same"
+        )
+    if tokens.latents.shape[-1] != model.latent_dim:
+        raise ModelMismatchError(
+            f"the tokens of {tokens.model_name} are {tokens.latents.shape[-1]} wide, {model_name(model)} takes "
+            f"{model.latent_dim}; no force can mend that"
+        )
+
+
+def compress(model: DashengTokenizerModel, audio: npt.ArrayLike | Tensor, sampling_rate: int) -> AudioTokens:
+    """See `DashengTokenizerModel.compress`."""
+    array = to_audio_array(audio)
+    rate = check_rate(sampling_rate)
+    shape = (array.shape[0], array.shape[1])
+    return _compress_blocks(model, lambda: [array], shape, rate, None)
+
+
+def decompress(model: DashengTokenizerModel, tokens: AudioTokens, force: bool = False) -> Tensor:
+    """See `DashengTokenizerModel.decompress`."""
+    return torch.from_numpy(np.concatenate(list(_decompress_blocks(model, tokens, force, None)), axis=1))
+
+
+def compress_file(model: DashengTokenizerModel, path: str | Path, progress: Progress | None = None) -> AudioTokens:
+    """A file of any length → tokens, at a memory that holds the tokens and one window of audio.
+
+    Raises:
+        AudioFileError: missing, not audio, damaged or truncated; AudioError: NaN or infinity, or a rate out of range.
+    """
+    reader = AudioReader(path)
+    rate = check_rate(reader.sampling_rate)
+    shape = (reader.num_channels, reader.num_samples)
+    return _compress_blocks(model, reader.blocks, shape, rate, progress)
+
+
+def decompress_to_file(
+    model: DashengTokenizerModel,
+    tokens: AudioTokens,
+    path: str | Path,
+    progress: Progress | None = None,
+    force: bool = False,
+    **writer: Any,
+) -> None:
+    """Tokens → an audio file that appears whole or not at all; `writer` goes to `AudioWriter`.
+
+    Raises:
+        ModelMismatchError: as `decompress`; OutputError: the file cannot be written.
+    """
+    check_model(model, tokens, force)
+    with AudioWriter(path, tokens.sampling_rate, tokens.num_channels, **writer) as out:
+        for block in _decompress_blocks(model, tokens, force, progress):
+            out.write(block)

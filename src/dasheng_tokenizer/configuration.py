@@ -1,0 +1,111 @@
+"""Configuration of the tokenizer. The fields of the published `config.json` keep their names and meaning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from dasheng_tokenizer.errors import ConfigurationError
+from dasheng_tokenizer.spectral import SAMPLES_PER_TOKEN
+
+LENGTH_MODES = ("exact", "published")
+
+SEMANTIC_KINDS = ("dasheng", "whisper", "wavlm", "hubert", "wav2vec2")
+
+
+class DashengTokenizerConfig(PreTrainedConfig):
+    """Sizes of the semantic encoder, the acoustic layer and the decoder. The defaults are the published full size.
+
+    Args:
+        embed_dim: width D of the latent; of the native Dasheng encoder too. None takes the semantic encoder's width.
+        depth: transformer blocks of the native Dasheng encoder.
+        num_heads: attention heads of the native Dasheng encoder.
+        decoder_embed_dim: width of the Vocos decoder.
+        decoder_depth: ConvNeXt blocks of the decoder.
+        decoder_intermediate_size: hidden width inside a ConvNeXt block.
+        istft_n_fft: inverse STFT size in samples.
+        istft_hop: inverse STFT hop in samples.
+        upsample_tokens: decoder frames a token; istft_hop · upsample_tokens must be 640.
+        n_mels_patch: mel bands of the acoustic layer's input.
+        hop_length: hop of the mel front ends in samples (not the token's 640; that is `model.hop_length`).
+        semantic_encoder: the frozen encoder: `{"kind": "dasheng"}`, or `{"kind": K, "config": {…}}` with K one of whisper,
+            wavlm, hubert, wav2vec2 and the transformers configuration of that model. More keys: see
+            `semantic_adapters`.
+        length_mode: "exact" gives ceil(n/640) tokens and sample-exact audio; "published" repeats the published token
+            count ⌊(⌊n/160⌋ + 1)/4⌋ and its mirrored right end.
+        provenance: free-form facts shown by `dasheng-tokenizer info` (training data, licence, date).
+
+    Raises:
+        ConfigurationError: sizes that contradict each other, or an unknown kind.
+    """
+
+    model_type = "dashengtokenizer"
+
+    def __init__(
+        self,
+        embed_dim: int | None = None,
+        depth: int = 32,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 1280,
+        decoder_depth: int = 12,
+        decoder_intermediate_size: int = 5120,
+        istft_n_fft: int = 1280,
+        istft_hop: int = 320,
+        upsample_tokens: int = 2,
+        n_mels_patch: int = 128,
+        hop_length: int = 160,
+        semantic_encoder: dict[str, Any] | None = None,
+        length_mode: str = "exact",
+        provenance: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.semantic_encoder = dict(semantic_encoder or {"kind": "dasheng"})
+        self.embed_dim = self._width(embed_dim)
+        self.depth = depth
+        self.num_heads = num_heads
+        self.decoder_embed_dim = decoder_embed_dim
+        self.decoder_depth = decoder_depth
+        self.decoder_intermediate_size = decoder_intermediate_size
+        self.istft_n_fft = istft_n_fft
+        self.istft_hop = istft_hop
+        self.upsample_tokens = upsample_tokens
+        self.n_mels_patch = n_mels_patch
+        self.hop_length = hop_length
+        self.length_mode = length_mode
+        self.provenance = dict(provenance or {})
+        self._check()
+        super().__init__(**kwargs)
+
+    def _width(self, embed_dim: int | None) -> int:
+        kind = self.semantic_encoder.get("kind")
+        if kind not in SEMANTIC_KINDS:
+            raise ConfigurationError(f"unknown semantic encoder kind {kind!r}; choose one of {', '.join(SEMANTIC_KINDS)}")
+        if kind == "dasheng":
+            return 1280 if embed_dim is None else embed_dim
+        inner = self.semantic_encoder.get("config") or {}
+        width = inner.get("d_model") or inner.get("hidden_size")
+        if width is None:
+            raise ConfigurationError(
+                f"semantic_encoder of kind {kind!r} needs 'config', the transformers configuration of the encoder, with "
+                "its width (d_model or hidden_size)"
+            )
+        if embed_dim is not None and embed_dim != width:
+            raise ConfigurationError(
+                f"embed_dim {embed_dim} differs from the width {width} of the {kind} encoder; acoustic features are "
+                "added to semantic ones, so leave embed_dim out or make them equal"
+            )
+        return int(width)
+
+    def _check(self) -> None:
+        if self.length_mode not in LENGTH_MODES:
+            raise ConfigurationError(f"length_mode {self.length_mode!r} is not one of {', '.join(LENGTH_MODES)}")
+        if self.istft_hop * self.upsample_tokens != SAMPLES_PER_TOKEN or self.hop_length * 4 != SAMPLES_PER_TOKEN:
+            raise ConfigurationError(
+                f"istft_hop · upsample_tokens ({self.istft_hop} · {self.upsample_tokens}) and 4 · hop_length "
+                f"(4 · {self.hop_length}) must both be {SAMPLES_PER_TOKEN} samples, one token of 40 ms"
+            )
+        if self.istft_n_fft % self.istft_hop or (self.istft_n_fft - self.istft_hop) % 2:
+            raise ConfigurationError(f"istft_n_fft {self.istft_n_fft} must be a multiple of istft_hop {self.istft_hop}")
+        if self.semantic_encoder["kind"] == "dasheng" and self.embed_dim % self.num_heads:
+            raise ConfigurationError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")

@@ -1,0 +1,91 @@
+"""Vocos decoder: ConvNeXt blocks at 50 Hz predict magnitude and phase; an inverse STFT gives the waveform.
+
+Numerics and key names are those of the published layout; sizes come from the configuration.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dasheng_tokenizer.configuration import DashengTokenizerConfig
+from dasheng_tokenizer.spectral import Float32Module, InverseSTFT
+
+MAX_MAGNITUDE = 100.0
+"""Magnitudes above this are clipped, as in Vocos: a guard against exp() running away early in training."""
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise convolution over time, then a two-layer perceptron per frame, scaled per channel, with a residual."""
+
+    def __init__(self, width: int, intermediate_size: int, gamma: float) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv1d(width, width, kernel_size=7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pwconv1 = nn.Linear(width, intermediate_size)
+        self.pwconv2 = nn.Linear(intermediate_size, width)
+        self.gamma = nn.Parameter(torch.full((width,), gamma))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.dwconv(x.transpose(1, 2)).transpose(1, 2)  # (B, T, width)
+        h = self.pwconv2(F.gelu(self.pwconv1(self.norm(h))))  # (B, T, width)
+        return x + self.gamma * h
+
+
+class VocosBackbone(nn.Module):
+    """Width change by a convolution over 7 frames, then the ConvNeXt blocks."""
+
+    def __init__(self, config: DashengTokenizerConfig) -> None:
+        super().__init__()
+        width, depth = config.decoder_embed_dim, config.decoder_depth
+        self.embed = nn.Conv1d(config.embed_dim, width, kernel_size=7, padding=3)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        # 1/depth keeps the sum of all residual branches at the scale of one, as in Vocos.
+        self.convnext = nn.ModuleList(
+            ConvNeXtBlock(width, config.decoder_intermediate_size, gamma=1.0 / depth) for _ in range(depth)
+        )
+        self.final_layer_norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.embed(x.transpose(1, 2)).transpose(1, 2))  # (B, T, width)
+        for block in self.convnext:
+            h = block(h)  # (B, T, width)
+        return self.final_layer_norm(h)  # (B, T, width)
+
+
+class ISTFTHead(Float32Module):
+    """Log-magnitude and phase of every bin from one linear layer, in float32, then the inverse STFT."""
+
+    def __init__(self, width: int, n_fft: int, hop_length: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(width, n_fft + 2)
+        self.istft = InverseSTFT(n_fft, hop_length)
+
+    def forward(self, h: Tensor) -> Tensor:
+        with torch.autocast(h.device.type, enabled=False):
+            log_magnitude, phase = self.out(h.float()).chunk(2, dim=-1)  # (B, T, n_fft/2 + 1) each
+            # min(exp(x), 100), clipped before exp() so that an overflow cannot turn the gradient into 0 · inf.
+            magnitude = log_magnitude.clamp(max=math.log(MAX_MAGNITUDE)).exp()
+            return self.istft(magnitude * phase.cos(), magnitude * phase.sin())  # (B, T·hop)
+
+
+class VocosDecoder(nn.Module):
+    """(B, T, D) upsampled latents at 50 Hz → (B, 320·T) samples at 16 kHz."""
+
+    def __init__(self, config: DashengTokenizerConfig) -> None:
+        super().__init__()
+        self.backbone = VocosBackbone(config)
+        self.head = ISTFTHead(config.decoder_embed_dim, config.istft_n_fft, config.istft_hop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))  # (B, 320·T)
+
+    @property
+    def context_frames(self) -> int:
+        """Frames on each side that an output sample can depend on: 3 per convolution, and 2 of overlap-add."""
+        istft = self.head.istft
+        overlap = istft.n_fft // istft.hop_length // 2
+        return 3 + 3 * len(self.backbone.convnext) + overlap

@@ -1,0 +1,55 @@
+"""Named errors. Each message says what is wrong and what to do about it.
+
+All derive from `DashengTokenizerError`, so that `except DashengTokenizerError` catches every failure that this package
+foresees; the second base class keeps code working that expects the usual built-in (`ValueError`, `OSError`, …).
+"""
+
+from __future__ import annotations
+
+
+class DashengTokenizerError(Exception):
+    """Base class of all errors this package raises on purpose."""
+
+
+class AudioError(DashengTokenizerError, ValueError):
+    """Audio samples that cannot be used: empty, NaN or infinite, wrong rank, wrong type, wrong sampling rate."""
+
+
+class AudioFileError(DashengTokenizerError, OSError):
+    """An audio file that cannot be read: missing, empty, truncated, or not audio."""
+
+
+class MaskError(DashengTokenizerError, ValueError):
+    """A padding mask of wrong shape or type, with holes, or with padding on the left."""
+
+
+class LatentError(DashengTokenizerError, ValueError):
+    """Latents that cannot be decoded: wrong rank, wrong width, NaN or infinite, or too short for the samples asked for."""
+
+
+class TokenFileError(DashengTokenizerError, OSError):
+    """A token file that cannot be read: missing, truncated, of a foreign kind or of a newer version."""
+
+
+class ModelMismatchError(DashengTokenizerError, ValueError):
+    """Tokens of one model given to another."""
+
+
+class CheckpointError(DashengTokenizerError, OSError):
+    """A model folder, file or name that cannot be loaded: unknown, incomplete, or of a foreign layout."""
+
+
+class ConfigurationError(DashengTokenizerError, ValueError):
+    """Settings that contradict each other or are out of range."""
+
+
+class DataError(DashengTokenizerError, ValueError):
+    """Training data that cannot be used: no audio found, a broken shard, a cache of another model."""
+
+
+class OutputError(DashengTokenizerError, OSError):
+    """An output that cannot be written: no permission, a full disk, or a file in the way."""
+
+
+class MissingExtraError(DashengTokenizerError, ImportError):
+    """An optional package is missing; the message names the extra that installs it."""

@@ -1,0 +1,151 @@
+"""Files that appear whole or not at all, and optional packages that are named when they are missing."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import importlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import IO
+
+from dasheng_tokenizer.errors import MissingExtraError, OutputError
+
+_PARTIAL = ".partial"
+_KEPT = 60  # characters of the name kept in the temporary one, which must not grow beyond what file systems allow
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
+    errno.EFBIG: "the file would be larger than this system or user may write; choose another disk or a smaller format",
+    errno.EACCES: "permission denied; choose a folder you may write to",
+    errno.EPERM: "the system does not permit it; choose a folder you may write to",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOTDIR: "a part of the path is a file and not a folder; choose another folder",
+    errno.EEXIST: "a file is where a folder is needed; choose another folder",
+    errno.EISDIR: "a folder of that name is in the way; choose another name",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
+}
+
+
+def output_error(path: str | Path, error: OSError) -> OutputError:
+    """Turn an error of the operating system into one that names the output and says what to do."""
+    reason = _REMEDIES.get(error.errno or 0, f"{error.strerror or error}; check the disk and the path")
+    return OutputError(f"cannot write {path}: {reason}")
+
+
+def is_partial(path: str | Path) -> bool:
+    """Whether `path` is a temporary file of `atomic_path`, left by a process that was killed while writing."""
+    name = Path(path).name
+    return name.startswith(".") and f"{_PARTIAL}." in f"{name}."
+
+
+def make_folder(path: str | Path) -> Path:
+    """Create a folder and its parents.
+
+    Raises:
+        OutputError: the folder cannot be created.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(folder, error) from error
+    return folder
+
+
+def _lock(handle: IO[bytes]) -> bool:
+    """Mark a temporary file as being written; the mark vanishes with the process. False: another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: an open file cannot be removed there, which serves the same end
+        return True
+    try:
+        fcntl.flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # file systems without locks
+        return True
+    return True
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove the temporary files of this target whose writer was killed before it could tidy up."""
+    for stale in target.parent.glob(f".{glob.escape(target.name[:_KEPT])}.*{_PARTIAL}*"):
+        with suppress(OSError), stale.open("rb") as handle:
+            if _lock(handle):
+                stale.unlink()
+
+
+@contextmanager
+def atomic_path(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
+    """Write a file so that it appears whole or not at all.
+
+    Yields the path of an empty temporary file in the same folder and with the same last suffix (libraries infer the
+    format from it). Write there; when the block ends, the data is forced to the disk and the file takes its name in one
+    step. When the block raises, also for Ctrl-C, the temporary file is removed. A process killed with SIGKILL leaves a
+    hidden `.NAME.….partial.SUFFIX`, never a half-written `path`; the next write to the same path removes it.
+
+    Args:
+        path: The file to write. Its folder is created.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        OutputError: the file exists and `overwrite` is false, or it cannot be written (no permission, full disk, …).
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise OutputError(f"cannot write {target}: a folder of that name is in the way; choose another name")
+    if not overwrite and target.exists():
+        raise OutputError(f"{target} exists; choose another name or allow overwriting")
+    make_folder(target.parent)
+    _remove_abandoned(target)
+    temporary = target.with_name(f".{target.name[:_KEPT]}.{secrets.token_hex(4)}{_PARTIAL}{target.suffix}")
+    try:
+        with temporary.open("xb") as holder:
+            _lock(holder)
+            yield temporary
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        elsewhere = isinstance(error, OSError) and error.filename not in (None, str(temporary), temporary)
+        if isinstance(error, OSError) and error.errno is not None and not elsewhere:
+            raise output_error(target, error) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force the new name to the disk too, where the system offers it (Linux, macOS)."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def require_extra(module: str, extra: str) -> ModuleType:
+    """Import an optional package.
+
+    Args:
+        module: Module to import, e.g. `"matplotlib.figure"`.
+        extra: Name of the extra of this package that installs it, e.g. `"report"`.
+
+    Raises:
+        MissingExtraError: the package is not installed, or is broken; the message has the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{module.partition('.')[0]} is needed for this but cannot be imported ({error}); "
+            f"install it with: pip install 'dasheng-tokenizer[{extra}]'"
+        ) from error

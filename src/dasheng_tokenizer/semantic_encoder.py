@@ -1,0 +1,204 @@
+"""Semantic encoders: frozen networks that give one vector every 40 ms.
+
+`SemanticEncoder` is the interface and holds what all encoders share: windows that do not see each other, so that long
+audio needs constant memory. `DashengEncoder` is the published one. Others live in `semantic_adapters`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dasheng_tokenizer.configuration import DashengTokenizerConfig
+from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, Float32BatchNorm1d, MelSpectrogram
+
+FRAMES_PER_TOKEN = 4
+"""Mel frames (10 ms) a token (40 ms)."""
+
+
+def token_mask(num_tokens: Tensor, length: int) -> Tensor:
+    """(B,) token counts → (B, length) bool, true for tokens that hold signal."""
+    return torch.arange(length, device=num_tokens.device) < num_tokens[:, None]
+
+
+def attention_mask(mask: Tensor) -> Tensor | None:
+    """(B, N) → (B, 1, 1, N) bool for scaled-dot-product attention; None where nothing is hidden (faster kernels)."""
+    if not torch.compiler.is_compiling() and bool(mask.all()):
+        return None
+    return mask[:, None, None, :]
+
+
+class SemanticEncoder(nn.Module):
+    """Interface of a frozen encoder.
+
+    Attributes:
+        output_dim: width of its vectors.
+        window_tokens: tokens that see each other; longer audio runs as independent windows of this size.
+        needs_level: whether a window needs a figure of the whole clip (`level`) first.
+    """
+
+    output_dim: int
+    window_tokens: int
+    needs_level: bool = False
+
+    def level(self, context_audio: Tensor, num_frames: Tensor) -> Tensor:
+        """Figure of a piece of a clip, (B,); the clip's is the maximum over its pieces. Only where `needs_level`."""
+        return context_audio.new_zeros(context_audio.shape[0])
+
+    def encode_window(self, context_audio: Tensor, num_tokens: Tensor, level: Tensor | None) -> Tensor:
+        """One window: (B, CONTEXT + 640·N + CONTEXT) samples → (B, N, D); rows of `num_tokens` (B,) say how many are real.
+
+        Samples past the real tokens are zero. What is returned past them is arbitrary.
+        """
+        raise TypeError(f"{type(self).__name__} must define encode_window")
+
+    def forward(self, context_audio: Tensor, num_tokens: Tensor, level: Tensor | None = None) -> Tensor:
+        """Clips of any length.
+
+        Args:
+            context_audio: (B, CONTEXT + 640·T + CONTEXT) samples, zero past each clip's end.
+            num_tokens: (B,) tokens of each clip, ≤ T.
+            level: (B,) figure of the whole clip; computed here when not given.
+
+        Returns:
+            (B, T, D); zero past each clip's tokens.
+        """
+        length = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN
+        if self.needs_level and level is None:
+            level = self.level(context_audio, FRAMES_PER_TOKEN * num_tokens)
+        windows = []
+        for start in range(0, length, self.window_tokens):
+            size = min(self.window_tokens, length - start)
+            first = start * SAMPLES_PER_TOKEN
+            audio = context_audio[:, first : first + size * SAMPLES_PER_TOKEN + 2 * CONTEXT]
+            real = (num_tokens - start).clamp(0, size)  # (B,)
+            windows.append(self._encode_present(audio, real, level))  # (B, size, D)
+        tokens = torch.cat(windows, dim=1)  # (B, T, D)
+        return tokens.masked_fill(~token_mask(num_tokens, length)[..., None], 0.0)
+
+    def _encode_present(self, audio: Tensor, real: Tensor, level: Tensor | None) -> Tensor:
+        """Leaves out the clips that ended before this window: they cost nothing and cannot disturb."""
+        present = real > 0
+        if torch.compiler.is_compiling() or bool(present.all()):
+            return self.encode_window(audio, real, level)
+        part = self.encode_window(audio[present], real[present], None if level is None else level[present])
+        tokens = part.new_zeros(len(real), *part.shape[1:])
+        tokens[present] = part
+        return tokens
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with fused, biased query, key and value projections."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, head_dim) each
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, head_dim)
+        return self.proj(h.transpose(1, 2).flatten(2))  # (B, N, dim)
+
+
+class MLP(nn.Module):
+    """Two linear layers with exact GELU, hidden width 4·dim."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))  # (B, N, dim)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block, LayerNorm eps 1e-6."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask)  # (B, N, dim)
+        return x + self.mlp(self.norm2(x))  # (B, N, dim)
+
+
+class PatchEmbed(nn.Module):
+    """One linear layer on patches of `bands` x 4 frames, stored as the convolution it equals."""
+
+    def __init__(self, bands: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(1, dim, kernel_size=(bands, FRAMES_PER_TOKEN), stride=(bands, FRAMES_PER_TOKEN))
+
+    def forward(self, spectrogram: Tensor) -> Tensor:
+        """(B, bands, 4·N) → (B, N, dim)."""
+        return linear_patches(spectrogram, self.proj.weight, self.proj.bias)
+
+
+def linear_patches(spectrogram: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The patch convolution as the matrix product it is: (B, bands, 4·N) with weight (D, 1, bands, 4) → (B, N, D)."""
+    patches = spectrogram.unflatten(-1, (-1, FRAMES_PER_TOKEN)).transpose(1, 2).flatten(2)  # (B, N, bands·4)
+    return F.linear(patches.to(weight.dtype), weight.flatten(1), bias)  # (B, N, D)
+
+
+class DashengEncoder(SemanticEncoder):
+    """The published semantic encoder: a ViT over 40 ms patches of a 64-band dB mel spectrogram (arXiv 2406.06992).
+
+    The dB floor hangs on the loudest band of the whole clip; that maximum is the clip's `level`.
+    """
+
+    window_tokens = 252  # 10.08 s, the positions the encoder was trained with
+    needs_level = True
+    dynamic_range_db = 120.0
+
+    def __init__(self, config: DashengTokenizerConfig) -> None:
+        super().__init__()
+        dim, bands = config.embed_dim, 64
+        self.output_dim = dim
+        self.time_pos_embed = nn.Parameter(0.02 * torch.randn(1, dim, 1, self.window_tokens))
+        self.freq_pos_embed = nn.Parameter(0.02 * torch.randn(1, dim, 1, 1))
+        # Lists keep the published key names front_end.0 and init_bn.1, whose neighbours hold no weights.
+        self.front_end = nn.ModuleList([MelSpectrogram(n_fft=512, n_mels=bands, power=2.0)])
+        self.patch_embed = PatchEmbed(bands, dim)
+        self.init_bn = nn.ModuleList([nn.Identity(), Float32BatchNorm1d(bands)])
+        self.blocks = nn.ModuleList(TransformerBlock(dim, config.num_heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def level(self, context_audio: Tensor, num_frames: Tensor) -> Tensor:
+        """Loudest mel power of each clip's `num_frames` (B,) frames: (B,) float32."""
+        mel = self.front_end[0](context_audio, int(num_frames.max()))  # (B, 64, F)
+        mask = token_mask(num_frames, mel.shape[-1])  # (B, F)
+        return mel.amax(1).masked_fill(~mask, 0.0).amax(1)
+
+    def encode_window(self, context_audio: Tensor, num_tokens: Tensor, level: Tensor | None) -> Tensor:
+        length = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN
+        if level is None:
+            level = self.level(context_audio, FRAMES_PER_TOKEN * num_tokens)
+        mel = self.front_end[0](context_audio, FRAMES_PER_TOKEN * length)  # (B, 64, 4N)
+        floor = 10 * level.clamp(min=1e-10).log10() - self.dynamic_range_db  # (B,)
+        decibel = torch.maximum(10 * mel.clamp(min=1e-10).log10(), floor[:, None, None])  # (B, 64, 4N)
+        with torch.autocast(mel.device.type, enabled=False):
+            decibel = self.init_bn[1](decibel)  # (B, 64, 4N)
+        x = self.patch_embed(decibel)  # (B, N, D)
+        x = x + self.time_pos_embed[0, :, 0, :length].T + self.freq_pos_embed[0, :, 0, 0]  # (B, N, D)
+        mask = attention_mask(token_mask(num_tokens, length))
+        for block in self.blocks:
+            x = block(x, mask)  # (B, N, D)
+        return self.norm(x)  # (B, N, D)
+
+
+def build_semantic_encoder(config: DashengTokenizerConfig) -> SemanticEncoder:
+    """The encoder that `config.semantic_encoder` describes, with fresh weights."""
+    if config.semantic_encoder["kind"] == "dasheng":
+        return DashengEncoder(config)
+    from dasheng_tokenizer.semantic_adapters import build_adapter
+
+    return build_adapter(config.semantic_encoder)

@@ -1,0 +1,358 @@
+"""The tokenizer: frozen semantic encoder + one linear acoustic layer → unified embedding → Vocos decoder.
+
+    audio (B,S) ─┬─ semantic encoder (frozen) ───────────► semantic (B,T,D) ─┐
+                 └─ log-mel ─ one linear layer ─ norm ───► acoustic (B,T,D) ─+─► unified (B,T,D) ─► decoder ─► audio
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from dasheng_tokenizer.checkpoints import load_strictly
+from dasheng_tokenizer.configuration import DashengTokenizerConfig
+from dasheng_tokenizer.decoder import VocosDecoder
+from dasheng_tokenizer.errors import AudioError, LatentError, MaskError
+from dasheng_tokenizer.semantic_encoder import (
+    FRAMES_PER_TOKEN,
+    DashengEncoder,
+    build_semantic_encoder,
+    linear_patches,
+    token_mask,
+)
+from dasheng_tokenizer.spectral import (
+    CONTEXT,
+    SAMPLES_PER_TOKEN,
+    SAMPLING_RATE,
+    InverseSTFT,
+    MelSpectrogram,
+    with_context,
+    with_reflected_context,
+)
+
+if TYPE_CHECKING:
+    from dasheng_tokenizer.token_file import AudioTokens
+
+
+@dataclass
+class DashengTokenizerOutput(ModelOutput):
+    """What the model returns; B clips, S samples, T tokens, D latent width.
+
+    Attributes:
+        audio: (B, S) reconstruction, float32, zero past each clip's end.
+        unified: (B, T, D) latent, semantic + acoustic.
+        semantic: (B, T, D) output of the frozen encoder.
+        acoustic: (B, T, D) output of the acoustic layer.
+        token_mask: (B, T) bool, true for tokens that hold signal.
+    """
+
+    audio: Tensor | None = None
+    unified: Tensor | None = None
+    semantic: Tensor | None = None
+    acoustic: Tensor | None = None
+    token_mask: Tensor | None = None
+
+
+class AcousticFrontEnd(nn.Module):
+    """Mel magnitude spectrogram of the acoustic layer, in natural logarithm."""
+
+    def __init__(self, n_mels: int) -> None:
+        super().__init__()
+        self.mel_spec = MelSpectrogram(n_fft=1024, n_mels=n_mels, power=1.0)
+
+    def forward(self, context_audio: Tensor, num_frames: int) -> Tensor:
+        return self.mel_spec(context_audio, num_frames).clamp(min=1e-7).log()  # (B, n_mels, num_frames)
+
+
+class InjectionEncoder(nn.Module):
+    """Both branches: `model` is the frozen semantic encoder, the rest is the acoustic layer that is injected."""
+
+    def __init__(self, config: DashengTokenizerConfig) -> None:
+        super().__init__()
+        self.model = build_semantic_encoder(config)
+        self.front_end = AcousticFrontEnd(config.n_mels_patch)
+        patch = (config.n_mels_patch, FRAMES_PER_TOKEN)
+        self.patch_embed = nn.Conv2d(1, config.embed_dim, kernel_size=patch, stride=patch)
+        self.norm = nn.LayerNorm(config.embed_dim, eps=1e-5)
+
+    def acoustic(self, context_audio: Tensor) -> Tensor:
+        """(B, CONTEXT + 640·T + CONTEXT) → (B, T, D)."""
+        length = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN
+        log_mel = self.front_end(context_audio, FRAMES_PER_TOKEN * length)  # (B, n_mels, 4T)
+        return self.norm(linear_patches(log_mel, self.patch_embed.weight, self.patch_embed.bias))  # (B, T, D)
+
+
+class DashengTokenizerModel(PreTrainedModel):
+    """Continuous audio tokenizer: 16 kHz mono audio to 25 vectors a second, and back.
+
+    The semantic encoder is frozen: its parameters need no gradient and it stays in eval mode.
+    """
+
+    config_class = DashengTokenizerConfig
+    config: DashengTokenizerConfig
+    base_model_prefix = ""
+    main_input_name = "audio"
+    _supports_sdpa = True
+    _no_split_modules = ["TransformerBlock", "ConvNeXtBlock"]
+    # Modules that also protect themselves against `.half()`; this list protects them in from_pretrained(dtype=…).
+    _keep_in_fp32_modules_strict = ["spectrogram", "mel_scale", "init_bn", "head"]
+
+    sampling_rate = SAMPLING_RATE
+    hop_length = SAMPLES_PER_TOKEN
+    frame_rate = SAMPLING_RATE / SAMPLES_PER_TOKEN
+    margin = CONTEXT
+
+    def __init__(self, config: DashengTokenizerConfig) -> None:
+        super().__init__(config)
+        self.encoder = InjectionEncoder(config)
+        step = config.upsample_tokens
+        self.upsampler = nn.ConvTranspose1d(config.embed_dim, config.embed_dim, kernel_size=step, stride=step)
+        self.decoder = VocosDecoder(config)
+        self._hash_cache: tuple[Any, str] = (None, "")
+        self.post_init()
+        self.semantic_encoder.requires_grad_(False)
+        self.train(self.training)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
+        """The embedded default (no argument), a folder, or a hub name; keywords as in transformers.
+
+        Raises:
+            CheckpointError: not found, damaged, or with missing, foreign or misshapen weights.
+        """
+        return load_strictly(super().from_pretrained, pretrained_model_name_or_path, kwargs)
+
+    # ------------------------------------------------------------------ public: tensors at 16 kHz
+
+    def forward(self, audio: Tensor, padding_mask: Tensor | None = None) -> DashengTokenizerOutput:
+        """Encode and decode.
+
+        Args:
+            audio: (B, S) samples at 16 kHz, full scale 1, S ≥ 1.
+            padding_mask: (B, S) bool or 0/1, true for real samples, padding only on the right. None: all are real.
+
+        Returns:
+            DashengTokenizerOutput; `.audio` has S samples (640·T in `length_mode="published"`).
+
+        Raises:
+            AudioError: wrong rank, no samples, NaN or infinity.
+            MaskError: wrong shape, holes, padding on the left, or a clip without a real sample.
+        """
+        semantic, acoustic, tokens = self._encode_branches(audio, padding_mask)
+        mask = token_mask(tokens, acoustic.shape[1])  # (B, T)
+        unified = semantic + acoustic  # (B, T, D)
+        exact = self.config.length_mode == "exact"
+        reconstruction = self._decode_masked(unified, tokens)[:, : audio.shape[-1] if exact else None]
+        if exact and padding_mask is not None:
+            reconstruction = reconstruction * padding_mask.to(reconstruction)
+        return DashengTokenizerOutput(reconstruction, unified, semantic, acoustic, mask)
+
+    def encode(self, audio: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """(B, S) samples at 16 kHz → (B, T, D) unified embedding, T = ⌈S/640⌉; arguments and errors as `forward`.
+
+        Gradients reach the acoustic layer; wrap in `torch.no_grad()` where none are wanted.
+        """
+        semantic, acoustic, _ = self._encode_branches(audio, padding_mask)
+        return semantic + acoustic
+
+    def decode(self, latents: Tensor, num_samples: int | None = None) -> Tensor:
+        """(B, T, D) → (B, num_samples) float32 samples at 16 kHz; 640·T of them when None.
+
+        Raises:
+            LatentError: wrong rank or width, no token, NaN or infinity, or `num_samples` outside 1 … 640·T.
+        """
+        self._check_latents(latents)
+        full = latents.shape[1] * SAMPLES_PER_TOKEN
+        if num_samples is not None and not 1 <= num_samples <= full:
+            raise LatentError(f"num_samples {num_samples} is outside 1…{full}, what {latents.shape[1]} tokens hold")
+        return self._decode(latents)[:, :num_samples]  # (B, num_samples)
+
+    def num_tokens(self, num_samples: int | Tensor) -> Any:
+        """Tokens of a clip of `num_samples` at 16 kHz under the configured length mode."""
+        if self.config.length_mode == "published":
+            return (num_samples // self.config.hop_length + 1) // FRAMES_PER_TOKEN
+        return -(-num_samples // SAMPLES_PER_TOKEN)
+
+    # ------------------------------------------------------------------ public: audio of any rate and channels
+
+    def compress(self, audio: np.ndarray | Tensor, sampling_rate: int) -> AudioTokens:
+        """Audio of any rate (8–192 kHz), any number of channels and any length → tokens that remember them.
+
+        Args:
+            audio: (samples,) or (channels, samples), floating point at full scale 1 or integers at theirs.
+            sampling_rate: of `audio`, in Hz.
+
+        Raises:
+            AudioError: empty, NaN or infinite, wrong rank, rate out of range.
+        """
+        from dasheng_tokenizer.chunking import compress
+
+        return compress(self, audio, sampling_rate)
+
+    def decompress(self, tokens: AudioTokens, force: bool = False) -> Tensor:
+        """Tokens → (channels, samples) float32 at the rate, length and channel count of the original.
+
+        Raises:
+            ModelMismatchError: the tokens were made by a model with other weights, unless `force`.
+        """
+        from dasheng_tokenizer.chunking import decompress
+
+        return decompress(self, tokens, force)
+
+    # ------------------------------------------------------------------ public: training and bookkeeping
+
+    @property
+    def latent_dim(self) -> int:
+        """Width D of a token."""
+        return self.config.embed_dim
+
+    @property
+    def semantic_encoder(self) -> nn.Module:
+        """The frozen encoder."""
+        return self.encoder.model
+
+    def encode_acoustic(self, context_audio: Tensor) -> Tensor:
+        """Acoustic branch of context audio (see `spectral`): (B, 512 + 640·N + 512) → (B, N, D), with gradients."""
+        return self.encoder.acoustic(context_audio)
+
+    @torch.no_grad()
+    def encode_semantic(self, context_audio: Tensor) -> Tensor:
+        """Frozen branch of context audio whose tokens are all real: (B, 512 + 640·N + 512) → (B, N, D)."""
+        length = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN
+        count = torch.full((len(context_audio),), length, device=context_audio.device)
+        return self.encoder.model(context_audio, count)
+
+    def train(self, mode: bool = True) -> DashengTokenizerModel:
+        """Training mode for all but the semantic encoder, which stays as it was trained."""
+        super().train(mode)
+        self.encoder.model.eval()
+        return self
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of acoustic layer, upsampler and decoder."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def weights_hash(self) -> str:
+        """SHA-256 of all weights as float32, in hex; the same in every precision that holds the weights exactly."""
+        state = self.state_dict()
+        key = tuple((tensor.data_ptr(), tensor._version) for tensor in state.values())
+        if self._hash_cache[0] != key:  # hashing takes seconds at full size and callers ask once per file
+            digest = hashlib.sha256()
+            for name, tensor in sorted(state.items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            self._hash_cache = (key, digest.hexdigest())
+        return self._hash_cache[1]
+
+    # ------------------------------------------------------------------ inside
+
+    def _encode_branches(self, audio: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Semantic and acoustic embeddings (B, T, D), zero past each clip's end, and token counts (B,)."""
+        samples = _check_audio(audio, padding_mask)  # (B,)
+        if self.config.length_mode == "published":
+            return self._encode_published(audio, samples)
+        if padding_mask is not None:
+            audio = audio.masked_fill(~padding_mask.bool(), 0.0)
+        tokens = self.num_tokens(samples)  # (B,)
+        return self._encode_context(with_context(audio.float(), self.num_tokens(audio.shape[-1])), tokens)
+
+    def _encode_context(
+        self, context_audio: Tensor, tokens: Tensor, level: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            semantic = self.encoder.model(context_audio, tokens, level)  # (B, T, D)
+        acoustic = self.encoder.acoustic(context_audio)  # (B, T, D)
+        mask = token_mask(tokens, acoustic.shape[1])[..., None]  # (B, T, 1)
+        return semantic, acoustic.masked_fill(~mask, 0.0), tokens
+
+    def _encode_published(self, audio: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The published count of tokens and mirrored right end; each clip on its own, which mends its mask faults."""
+        shortest = int(samples.min())
+        if shortest <= CONTEXT:
+            raise AudioError(
+                f'a clip of {shortest} samples is too short for length_mode="published", which mirrors {CONTEXT} samples '
+                'at each end; use length_mode="exact"'
+            )
+        parts = []
+        for clip, count in zip(audio, samples.tolist(), strict=True):
+            tokens = torch.tensor([self.num_tokens(count)], device=audio.device)
+            context = with_reflected_context(clip[None, :count].float(), int(tokens))
+            # The published floor looks at every frame, also at those too few for a last token.
+            frames = torch.tensor([1 + count // self.config.hop_length], device=audio.device)
+            level = self.encoder.model.level(context, frames)
+            context = context[:, : int(tokens) * SAMPLES_PER_TOKEN + 2 * CONTEXT]
+            parts.append(self._encode_context(context, tokens, level))
+        semantic, acoustic = (
+            nn.utils.rnn.pad_sequence([part[branch][0] for part in parts], batch_first=True) for branch in (0, 1)
+        )
+        return semantic, acoustic, torch.cat([part[2] for part in parts])
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        x = latents.to(self.upsampler.weight.dtype).transpose(1, 2)  # (B, D, T)
+        return self.decoder(self.upsampler(x).transpose(1, 2))  # (B, 640·T)
+
+    def _decode_masked(self, latents: Tensor, tokens: Tensor) -> Tensor:
+        """Decodes clips of different length as if each were alone: zero latents are not the edge of a tensor."""
+        if torch.compiler.is_compiling() or bool((tokens == latents.shape[1]).all()):
+            return self._decode(latents)
+        audio = [self._decode(z[None, :count])[0] for z, count in zip(latents, tokens.tolist(), strict=True)]
+        return nn.utils.rnn.pad_sequence(audio, batch_first=True)  # (B, 640·T)
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 3 or latents.shape[1] == 0 or latents.shape[2] != self.latent_dim:
+            raise LatentError(
+                f"latents have shape {tuple(latents.shape)}; expected (batch, tokens ≥ 1, {self.latent_dim}), the latent "
+                "width of this model"
+            )
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(latents).all()):
+            raise LatentError("latents hold NaN or infinity; check where they come from, the decoder would spread them")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Also fills what no checkpoint holds, after creation on the meta device."""
+        super()._init_weights(module)
+        if isinstance(module, InverseSTFT):
+            module.reset_basis()
+
+
+def _check_audio(audio: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Checks a batch and its mask; returns the number of real samples of each clip, (B,)."""
+    if audio.ndim != 2 or audio.shape[0] == 0 or audio.shape[1] == 0:
+        raise AudioError(
+            f"audio has shape {tuple(audio.shape)}; expected (batch, samples) with at least one sample. For one clip use "
+            "audio[None], for files of any rate and channels use model.compress"
+        )
+    if not audio.is_floating_point():
+        raise AudioError(f"audio has type {audio.dtype}; expected floating point at full scale 1 (int16: divide by 32768)")
+    samples = torch.full((len(audio),), audio.shape[1], device=audio.device)
+    if torch.compiler.is_compiling():  # data-dependent checks cannot be traced
+        return samples if padding_mask is None else padding_mask.sum(1)
+    finite = torch.isfinite(audio)
+    if not bool(finite.all()):
+        item, sample = (~finite).nonzero()[0].tolist()
+        raise AudioError(f"audio holds NaN or infinity, first in clip {item} at sample {sample}; remove or repair that clip")
+    return samples if padding_mask is None else _check_mask(padding_mask, audio.shape)
+
+
+def _check_mask(mask: Tensor, shape: torch.Size) -> Tensor:
+    """Number of real samples of each clip, (B,), of a mask that is true for them."""
+    if mask.shape != shape:
+        raise MaskError(f"padding_mask has shape {tuple(mask.shape)}; expected that of the audio, {tuple(shape)}")
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise MaskError("padding_mask must be boolean or hold only 0 and 1; true or 1 marks real samples")
+    mask = mask.bool()
+    samples = mask.sum(1)  # (B,)
+    for item, contiguous in enumerate((mask == token_mask(samples, mask.shape[1])).all(1).tolist()):
+        if not contiguous:
+            where = "on the left" if not bool(mask[item, 0]) else "in the middle"
+            raise MaskError(f"padding_mask hides samples {where} of clip {item}; pad on the right only")
+    if int(samples.min()) == 0:
+        raise MaskError(f"padding_mask hides every sample of clip {int(samples.argmin())}; leave such clips out of the batch")
+    return samples

@@ -1,0 +1,69 @@
+"""Training of the tokenizer: recipes, data, losses, discriminators, and the loop that later trainings share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dasheng_tokenizer.tokenizer import DashengTokenizerModel
+    from dasheng_tokenizer.training.configuration import TrainingConfig
+
+__all__ = ["build_model", "train"]
+
+
+def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Train a tokenizer, or go on with a training that was interrupted.
+
+    Started again on the same `output` folder, a run resumes from its newest checkpoint; a finished one says so and does
+    nothing. SIGTERM and Ctrl-C write a checkpoint and return. Under `torchrun` all processes call this alike.
+
+    Args:
+        recipe: YAML file; see `training.configuration.TrainingConfig` for its keys.
+        overrides: `key=value` each, keys dotted, for example `data.batch_size=8`.
+
+    Returns:
+        The run folder. A finished run has its `save_pretrained` folder `model` and `summary.json` in it.
+
+    Raises:
+        ConfigurationError: an unknown key, settings that contradict each other, or a run folder of another run.
+        DataError: no usable audio.
+        CheckpointError: weights or a checkpoint that cannot be read.
+        OutputError: the run folder cannot be written.
+        MissingExtraError: the `train` extra is not installed.
+    """
+    from dasheng_tokenizer.training.configuration import load_recipe
+    from dasheng_tokenizer.training.loop import fit, is_finished, make_fabric, seed_everything
+    from dasheng_tokenizer.training.tokenizer_task import TokenizerTask, open_data
+
+    config = load_recipe(recipe, overrides)
+    fabric = make_fabric(config)
+    if is_finished(config):
+        fabric.print(f"{config.output} is finished: its model is {config.output / 'model'}. More steps go on from there.")
+        return config.output
+    seed_everything(config.seed)  # Alike on every rank: the same fresh weights.
+    model = build_model(config)
+    task = TokenizerTask(fabric, config, model, open_data(fabric, config, model))
+    seed_everything(config.seed, fabric.global_rank + 1)
+    fit(fabric, task, config)
+    return config.output
+
+
+def build_model(config: TrainingConfig) -> DashengTokenizerModel:
+    """Build the model that a recipe starts from: `init`, or fresh weights on the frozen encoder of `semantic_weights`.
+
+    Raises:
+        CheckpointError: weights that are missing or do not fit.
+        ConfigurationError: settings that `DashengTokenizerConfig` refuses.
+    """
+    from dasheng_tokenizer.checkpoints import new_tokenizer
+    from dasheng_tokenizer.configuration import DashengTokenizerConfig
+    from dasheng_tokenizer.tokenizer import DashengTokenizerModel
+
+    if config.init is not None:
+        return DashengTokenizerModel.from_pretrained(config.init)
+    if config.semantic_weights is not None:
+        model: DashengTokenizerModel = new_tokenizer(config.semantic_weights, **config.model)
+        return model
+    return DashengTokenizerModel(DashengTokenizerConfig(**config.model))

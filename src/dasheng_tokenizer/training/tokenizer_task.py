@@ -1,0 +1,339 @@
+"""Training of the tokenizer: what one step does, in the order of the paper's objective (DESIGN.md §7).
+
+A step decodes the unified embedding of a batch of crops, lets the discriminators learn to tell it from the original (once the
+GAN has started), and then moves the acoustic layer, the upsampler and the decoder. The semantic encoder never moves.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dasheng_tokenizer.files import output_error
+from dasheng_tokenizer.tokenizer import DashengTokenizerModel
+from dasheng_tokenizer.training.configuration import DiscriminatorConfig, Latent, TrainingConfig, to_plain
+from dasheng_tokenizer.training.data import Batch
+from dasheng_tokenizer.training.discriminators import MultiFrequencyDiscriminator, MultiPeriodDiscriminator
+from dasheng_tokenizer.training.loop import StepResult
+from dasheng_tokenizer.training.losses import (
+    DiscriminatorOutput,
+    MultiResolutionSTFTLoss,
+    MultiScaleMelLoss,
+    SpectraPair,
+    discriminator_loss,
+    feature_matching_loss,
+    generator_adversarial_loss,
+    semantic_preservation_loss,
+)
+from dasheng_tokenizer.training.optimization import (
+    ExponentialMovingAverage,
+    guarded_step,
+    learning_rate,
+    make_adamw,
+    set_learning_rate,
+)
+from dasheng_tokenizer.training.run_log import RunLog
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Generated = tuple[Tensor, Tensor, Tensor]
+"""Acoustic and semantic embeddings (B, N, D) each, decoded audio (B, 640·N)."""
+
+
+class Generator(nn.Module):
+    """Encode and decode as one forward, so that DDP sees the whole of it."""
+
+    def __init__(self, model: DashengTokenizerModel, latent: Latent) -> None:
+        """Wrap a model; `latent` says which embedding the decoder gets."""
+        super().__init__()
+        self.model = model
+        self.latent = latent
+
+    def forward(self, audio: Tensor, semantic: Tensor | None) -> Generated:
+        """Context audio (B, 512 + 640·N + 512), cached semantic embeddings (B, N, D) or None to compute them."""
+        if semantic is None:
+            semantic = self.model.encode_semantic(audio)  # (B, N, D)
+        acoustic = self.model.encode_acoustic(audio)  # (B, N, D)
+        latent = select_latent(self.latent, semantic, acoustic)  # (B, N, D)
+        # Not `model.decode`: it refuses NaN, where training skips the step.
+        frames = self.model.upsampler(latent.transpose(1, 2)).transpose(1, 2)  # (B, 2N, D)
+        return acoustic, semantic, self.model.decoder(frames)  # audio (B, 640·N)
+
+
+class Discriminators(nn.Module):
+    """All discriminators of a recipe as one module."""
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        """Build those that the recipe names."""
+        super().__init__()
+        self.members = nn.ModuleList()
+        if config.multi_frequency:
+            self.members.append(MultiFrequencyDiscriminator(**config.multi_frequency_options))
+        if config.multi_period:
+            self.members.append(MultiPeriodDiscriminator(**config.multi_period_options))
+
+    def forward(self, audio: Tensor) -> list[DiscriminatorOutput]:
+        """(B, S) samples → one output for each part of each discriminator."""
+        return [output for member in self.members for output in member(audio)]
+
+
+@dataclass
+class TrainingState:
+    """What a step changes. `generator` and `discriminators` are as Fabric wrapped them; there may be no discriminators."""
+
+    model: DashengTokenizerModel
+    generator: nn.Module
+    generator_optimizer: torch.optim.Optimizer
+    average: ExponentialMovingAverage
+    discriminators: nn.Module | None = None
+    discriminator_optimizer: torch.optim.Optimizer | None = None
+
+
+class TokenizerTask:
+    """The tokenizer as a `loop.Task`."""
+
+    def __init__(self, fabric: Fabric, config: TrainingConfig, model: DashengTokenizerModel, data: Any) -> None:
+        """Set a model up for training.
+
+        Args:
+            fabric: launched.
+            config: the recipe.
+            model: with the weights to start from, the same on every rank.
+            data: crops, with `batches(first_step, steps)`; see `training.data`.
+        """
+        self.fabric, self.config, self.data = fabric, config, data
+        self.state = make_state(fabric, config, model)
+        self.mel = MultiScaleMelLoss().to(fabric.device)
+        self.stft = MultiResolutionSTFTLoss().to(fabric.device)
+        self.modules: dict[str, nn.Module] = {"tokenizer": model}
+        self.optimizers = {"tokenizer": self.state.generator_optimizer}
+        self.averages = {"tokenizer": self.state.average}
+        if self.state.discriminators is not None and self.state.discriminator_optimizer is not None:
+            self.modules["discriminators"] = _unwrapped(self.state.discriminators)
+            self.optimizers["discriminators"] = self.state.discriminator_optimizer
+
+    def identity(self) -> dict[str, Any]:
+        """Settings that a resumed run must share: everything that shapes the weights or the order of the data."""
+        config = self.config
+        data = {f"data.{name}": value for name, value in to_plain(config.data).items()}
+        return {"model": self.state.model.config.to_diff_dict(), "seed": config.seed, "latent": config.latent, **data}
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """This rank's batches of the steps to do."""
+        return iter(self.data.batches(first_step, last_step - first_step))
+
+    def audio_seconds(self, batch: Batch) -> float:
+        """Seconds of target audio in a batch."""
+        return batch.target.numel() / self.state.model.sampling_rate
+
+    def training_step(self, batch: Batch, step: int) -> StepResult:
+        """Discriminators first, then the generator, on the same decoded audio."""
+        parts = split_batch(self.fabric.to_device(batch), self.config.accumulate)
+        adversarial = self.state.discriminators is not None and step >= self.config.gan_start_step
+        # A batch in one part is decoded once for both; in several, keeping all graphs would undo what splitting saves.
+        generated = self._generate(parts[0]) if len(parts) == 1 else None
+        losses: dict[str, Tensor] = {}
+        applied = True
+        if adversarial:
+            result = self.discriminator_step(parts, generated, step)
+            losses, applied = result.losses, result.applied
+        result = self.generator_step(parts, generated, step, adversarial)
+        return StepResult({**losses, **result.losses}, applied and result.applied)
+
+    def discriminator_step(self, parts: Sequence[Batch], generated: Generated | None, step: int) -> StepResult:
+        """Teach the discriminators to tell original from decoded audio.
+
+        Args:
+            parts: the batch, cut for gradient accumulation.
+            generated: what the generator gave for the only part, or None to decode here.
+            step: from 0.
+        """
+        state, config = self.state, self.config
+        assert state.discriminators is not None and state.discriminator_optimizer is not None
+        optimizer = state.discriminator_optimizer
+        start = config.gan_start_step
+        set_learning_rate(optimizer, learning_rate(config.discriminator.optimizer, step - start, config.steps - start))
+        total = torch.zeros((), device=self.fabric.device)
+        for index, part in enumerate(parts):
+            with torch.no_grad():
+                audio = (generated or self._generate(part))[2].detach()
+            with self._accumulating(state.discriminators, index, parts):
+                # One pass over both halves: DDP allows one forward for each backward.
+                outputs = state.discriminators(torch.cat([part.target, audio]))
+                loss = discriminator_loss(*split_outputs(outputs, len(audio))) / len(parts)
+                self.fabric.backward(loss)
+            total += loss.detach()
+        norm, applied = guarded_step(self.fabric, optimizer, total, config.clip_grad_norm)
+        return StepResult({"discriminator": total, "discriminator_grad_norm": norm}, applied)
+
+    def generator_step(
+        self, parts: Sequence[Batch], generated: Generated | None, step: int, adversarial: bool
+    ) -> StepResult:
+        """Move the acoustic layer, the upsampler and the decoder, and their moving average.
+
+        Args:
+            parts: the batch, cut for gradient accumulation.
+            generated: what the generator gave for the only part, with its graph, or None to decode here.
+            step: from 0.
+            adversarial: whether the GAN has started.
+        """
+        state, config = self.state, self.config
+        set_learning_rate(state.generator_optimizer, learning_rate(config.optimizer, step, config.steps))
+        sums: dict[str, Tensor] = {}
+        for index, part in enumerate(parts):
+            with self._accumulating(state.generator, index, parts):
+                losses = self.generator_losses(part, generated or self._generate(part), adversarial)
+                self.fabric.backward(losses["loss"] / len(parts))
+            for name, value in losses.items():
+                value = value.detach() / len(parts)
+                sums[name] = sums[name] + value if name in sums else value
+        norm, applied = guarded_step(self.fabric, state.generator_optimizer, sums["loss"], config.clip_grad_norm)
+        if applied:
+            state.average.update()
+        return StepResult({**sums, "grad_norm": norm}, applied)
+
+    def generator_losses(self, part: Batch, generated: Generated, adversarial: bool) -> dict[str, Tensor]:
+        """Terms of the objective, unweighted, and their weighted sum as `loss`."""
+        weights = self.config.loss_weights
+        acoustic, semantic, audio = generated
+        spectra = SpectraPair(audio, part.target)  # shared by both spectral losses
+        losses: dict[str, Tensor] = {}
+        if weights.mel:
+            losses["mel"] = self.mel.from_spectra(spectra)
+        if weights.stft:
+            losses["stft"] = self.stft.from_spectra(spectra)
+        if weights.semantic and self.config.latent != "semantic":
+            losses["semantic"] = semantic_preservation_loss(acoustic, semantic)
+        if adversarial:
+            real, fake = self._judge(part.target, audio)
+            if weights.adversarial:
+                losses["adversarial"] = generator_adversarial_loss(fake)
+            if weights.feature_matching:
+                losses["feature_matching"] = feature_matching_loss(real, fake)
+        total = torch.stack([getattr(weights, name) * value for name, value in losses.items()]).sum()
+        return {**losses, "loss": total}
+
+    def validate(self, step: int, log: RunLog) -> dict[str, float]:
+        """Decode held-out clips with the averaged weights; see `training.validation`."""
+        from dasheng_tokenizer.training.validation import validate
+
+        with self.state.average.applied():
+            return validate(self.fabric, self.state.model, self.config, step, log)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the averaged weights as a `save_pretrained` folder, `output/model`.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        if self.fabric.is_global_zero:
+            model = self.state.model
+            model.config.provenance = {**model.config.provenance, "latent": self.config.latent, **summary}
+            with self.state.average.applied():
+                save_model(model, self.config.output / "model")
+
+    def _generate(self, part: Batch) -> Generated:
+        return self.state.generator(part.audio, part.semantic)
+
+    def _judge(self, target: Tensor, audio: Tensor) -> tuple[list[DiscriminatorOutput], list[DiscriminatorOutput]]:
+        """Outputs for real and decoded audio, with gradients to the audio only.
+
+        Past the DDP wrapper: these gradients are the generator's, which are averaged there.
+        """
+        assert self.state.discriminators is not None
+        module = _unwrapped(self.state.discriminators)
+        module.requires_grad_(False)
+        try:
+            with self.fabric.autocast():
+                with torch.no_grad():
+                    real = module(target)
+                return real, module(audio)
+        finally:
+            module.requires_grad_(True)
+
+    def _accumulating(self, module: nn.Module, index: int, parts: Sequence[Batch]) -> Any:
+        """Gradients are averaged over the ranks at the last part only."""
+        last = index == len(parts) - 1
+        return nullcontext() if last else self.fabric.no_backward_sync(module)
+
+
+def make_state(fabric: Fabric, config: TrainingConfig, model: DashengTokenizerModel) -> TrainingState:
+    """Move a model to the devices of the run; build optimizers, moving average and discriminators."""
+    if config.latent == "semantic":
+        # A scale and shift of 0 make the acoustic embedding 0: unified = semantic, in the saved model too.
+        with torch.no_grad():
+            for parameter in model.encoder.norm.parameters():
+                parameter.zero_()
+        for module in (model.encoder.patch_embed, model.encoder.norm):
+            module.requires_grad_(False)
+    model.train()
+    generator = fabric.setup_module(Generator(model, config.latent))
+    optimizer = fabric.setup_optimizers(make_adamw(model.named_parameters(), config.optimizer))
+    average = ExponentialMovingAverage(model.named_parameters(), config.ema_decay)
+    state = TrainingState(model, generator, optimizer, average)
+    if config.uses_gan:
+        discriminators = Discriminators(config.discriminator)
+        kind = config.discriminator.optimizer
+        state.discriminators = fabric.setup_module(discriminators)
+        state.discriminator_optimizer = fabric.setup_optimizers(make_adamw(discriminators.named_parameters(), kind))
+    return state
+
+
+def select_latent(latent: Latent, semantic: Tensor, acoustic: Tensor) -> Tensor:
+    """What the decoder gets, (B, N, D): the unified embedding, or one part of it for an ablation."""
+    return {"unified": semantic + acoustic, "semantic": semantic, "acoustic": acoustic}[latent]
+
+
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """Cut a batch into equal parts for gradient accumulation."""
+    if parts == 1:
+        return [batch]
+    size = len(batch.audio) // parts
+    return [
+        Batch(
+            batch.audio[start : start + size],
+            None if batch.semantic is None else batch.semantic[start : start + size],
+        )
+        for start in range(0, parts * size, size)
+    ]
+
+
+def split_outputs(
+    outputs: Sequence[DiscriminatorOutput], size: int
+) -> tuple[list[DiscriminatorOutput], list[DiscriminatorOutput]]:
+    """Separate the outputs of a batch whose first `size` items are real and the others decoded."""
+    real = [DiscriminatorOutput(o.logits[:size], [f[:size] for f in o.features]) for o in outputs]
+    fake = [DiscriminatorOutput(o.logits[size:], [f[size:] for f in o.features]) for o in outputs]
+    return real, fake
+
+
+def save_model(model: DashengTokenizerModel, folder: Path) -> None:
+    """Write a `save_pretrained` folder, whole or not at all; one that is there is replaced.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise output_error(folder, error) from error
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module that Fabric wrapped."""
+    inner: nn.Module = module.module  # type: ignore[assignment]
+    return inner
