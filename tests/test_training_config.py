@@ -11,7 +11,7 @@ import yaml
 from dasheng_tokenizer import DashengTokenizerConfig, DashengTokenizerModel
 from dasheng_tokenizer.errors import ConfigurationError
 from dasheng_tokenizer.training.configuration import TrainingConfig, build_config, load_recipe, to_plain
-from dasheng_tokenizer.training.tokenizer_task import Discriminators
+from dasheng_tokenizer.training.tokenizer_state import Discriminators
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -43,8 +43,8 @@ def test_published_recipe_is_the_published_architecture() -> None:
 
 def test_overrides_reach_nested_settings(tmp_path: Path) -> None:
     path = write(tmp_path, "steps: 5\n")
-    overrides = ["data.batch_size=3", "optimizer.lr=1e-4", "optimizer.betas=[0.5, 0.9]", "output=runs/x", "model.depth=4"]
-    config = load_recipe(path, overrides)
+    overrides = ["data.batch_size=3", "optimizer.lr=1e-4", "optimizer.betas=[0.5, 0.9]", "output=runs/x"]
+    config = load_recipe(path, [*overrides, "model.depth=4"])
     assert (config.steps, config.data.batch_size, config.optimizer.lr) == (5, 3, 1e-4)
     assert config.optimizer.betas == (0.5, 0.9)
     assert config.output == Path("runs/x")
@@ -67,7 +67,7 @@ def test_overrides_reach_nested_settings(tmp_path: Path) -> None:
         ("latent: both", "'unified'"),
         ("strategy: fsdp", "ddp"),
         ("loss_weights: {mel: 0}", "nothing to reconstruct"),
-        ("discriminator: {multi_frequency: false}", "multi_period are both off"),
+        ("discriminator: {multi_frequency: false}", "both are off"),
         ("init: a\nsemantic_weights: b", "drop `semantic_weights`"),
         ("optimizer: 3", "group of settings"),
         ("- a", "mapping"),

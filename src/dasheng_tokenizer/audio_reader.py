@@ -54,9 +54,11 @@ class AudioReader:
         num_channels: Number of channels.
         num_samples: Samples per channel that `blocks` delivers in total.
 
-    A file that ends before its announced length is refused when this is noticed: at once for WAV, W64, AIFF, AU and Ogg,
-    at the end of reading for FLAC and for MP3 with a Xing, Info or VBRI header (all usual encoders write one). An MP3
-    without such a header does not say how long it should be: there a cut cannot be told from an early end.
+    A file that ends before its announced length is refused when this is noticed: at once for WAV, W64, AIFF, AU and
+    Ogg, at the end of reading for FLAC and for MP3 with a Xing, Info or VBRI header (all usual encoders write one). An
+    MP3 without such a header does not say how long it should be: there a cut cannot be told from an early end, and
+    libsndfile's estimate of the length, beyond which it does not read, can be short where the bit rate varies. Nor can
+    a cut be told where the header was written to a pipe and leaves the length open.
 
     Raises:
         AudioFileError: missing, a folder, empty, not audio, damaged or truncated.

@@ -93,7 +93,9 @@ class AudioWriter:
             known = ", ".join(soundfile.available_subtypes(name)) or "none in this build of libsndfile"
             raise AudioError(f"cannot write {self.path} as {chosen}; {suffix} takes {known}")
         if not 1 <= self.num_channels <= channels:
-            raise AudioError(f"{suffix} takes 1 to {channels} channels, not {self.num_channels}; use .wav for {self.path}")
+            raise AudioError(
+                f"{suffix} takes 1 to {channels} channels, not {self.num_channels}; use .wav for {self.path}"
+            )
         if rates is not None and self.sampling_rate not in rates:
             raise AudioError(
                 f"{suffix} takes only sampling rates of {', '.join(map(str, rates))} Hz, not {self.sampling_rate}; "

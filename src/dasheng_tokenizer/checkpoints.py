@@ -46,8 +46,10 @@ def load_strictly(load: Callable[..., Any], name: str | Path | None, kwargs: dic
     """Runs transformers' `from_pretrained` and turns each of its silent or cryptic failures into a CheckpointError."""
     source = str(embedded_default() if name is None else name)
     wants_info = kwargs.pop("output_loading_info", False)
+    # Left to itself, transformers names misshapen weights only in a log; they are named in the error below instead.
+    strict = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = load(source, **{"use_safetensors": True, **kwargs, "output_loading_info": True})
+        model, info = load(source, **{"use_safetensors": True, **kwargs, **strict})
     except DashengTokenizerError:
         raise
     except (SafetensorError, json.JSONDecodeError) as error:
@@ -59,7 +61,7 @@ def load_strictly(load: Callable[..., Any], name: str | Path | None, kwargs: dic
             f"such as {PUBLISHED} (needs a network or a filled cache), or nothing for the embedded default"
         ) from error
     for word in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in info.get(word) or ())
+        keys = sorted(key if isinstance(key, str) else key[0] for key in info.get(word) or ())
         if keys:
             listed = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             raise CheckpointError(

@@ -82,7 +82,7 @@ def _remove_abandoned(target: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
     """Write a file so that it appears whole or not at all.
 
     Yields the path of an empty temporary file in the same folder and with the same last suffix (libraries infer the

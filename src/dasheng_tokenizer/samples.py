@@ -2,8 +2,8 @@
 
 Audio is float32 of shape (channels, samples), full scale ±1.
 
-Length rule: `n` samples at rate `a` become ceil(n · b / a) samples at rate `b`, so that one sample never becomes none and
-a trip to another rate and back never loses one.
+Length rule: `n` samples at rate `a` become ceil(n · b / a) samples at rate `b`, so that one sample never becomes none
+and a trip to another rate and back never loses one.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def to_audio_array(audio: npt.ArrayLike | torch.Tensor, name: str = "audio") -> 
     """Bring samples of any usual kind to float32 of shape (channels, samples) with full scale 1.
 
     Args:
-        audio: (samples,) or (channels, samples); numpy array, list or torch tensor of int8, uint8 (midpoint 128), int16,
-            int32 (full scale ±1), float16, bfloat16, float32 or float64 (taken as they are).
+        audio: (samples,) or (channels, samples); numpy array, list or torch tensor of int8, uint8 (midpoint 128),
+            int16, int32 (full scale ±1), float16, bfloat16, float32 or float64 (taken as they are).
         name: What to call it in errors, e.g. the file.
 
     Raises:
@@ -107,16 +107,16 @@ def check_finite(audio: Array, name: str = "audio", first_sample: int = 0) -> No
     )
 
 
-def check_rate(rate: float, name: str = "sampling rate") -> int:
+def check_rate(rate: Any, name: str = "sampling rate") -> int:
     """Return the rate as an integer.
 
     Raises:
         AudioError: it is not a whole number of Hz between `MIN_RATE` and `MAX_RATE`.
     """
-    if isinstance(rate, bool) or not np.isscalar(rate) or not float(rate).is_integer():
+    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or int(rate) != rate:
         raise AudioError(f"the {name} must be a whole number of Hz, got {rate!r}")
     if not MIN_RATE <= rate <= MAX_RATE:
-        raise AudioError(f"the {name} is {rate} Hz; rates from {MIN_RATE} to {MAX_RATE} Hz are supported, resample first")
+        raise AudioError(f"the {name} is {rate} Hz; rates from {MIN_RATE} to {MAX_RATE} Hz are supported")
     return int(rate)
 
 
@@ -176,7 +176,7 @@ class StreamingResampler:
         self._received += block.shape[1]
         if self._stream is None:
             return block
-        if last:  # soxr rounds its output length; zeros behind the end, which it assumes anyway, make it reach the ceiling
+        if last:  # soxr rounds its length; zeros behind the end, which it assumes anyway, make it reach the ceiling
             block = np.pad(block, ((0, 0), (0, -(-self.from_rate // self.to_rate) + 1)))
         frames = np.ascontiguousarray(block.T, dtype=np.float32)  # (samples, channels)
         output = self._stream.resample_chunk(frames, last=last).reshape(-1, self.num_channels).T

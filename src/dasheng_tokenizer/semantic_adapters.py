@@ -6,7 +6,7 @@ constant memory. Keys of `config.semantic_encoder`:
     kind            whisper, wavlm, hubert or wav2vec2
     config          the transformers configuration of the encoder, as a dict
     window_seconds  tokens that see each other; 30 s by default, Whisper's own limit
-    silence_seconds Whisper only: silence that follows the clip in its window, as far as the window has room; 5 s by default
+    silence_seconds Whisper only: silence that follows the clip in its window, as far as the window has room; 2 s by default
     normalize       wave encoders only: zero mean and unit variance per window, as their feature extractors do
                     (`do_normalize` in the published preprocessor_config.json); true by default
 """
@@ -55,7 +55,7 @@ class WhisperSemanticEncoder(SemanticEncoder):
                 f"window_seconds {settings.get('window_seconds')} is more than the encoder's "
                 f"{config.max_source_positions} positions of 20 ms"
             )
-        self.silence_tokens = _tokens(settings, "silence_seconds", 5.0)
+        self.silence_tokens = _tokens(settings, "silence_seconds", 2.0)
         # Slaney mel scale and norm, 400-point window: the published WhisperFeatureExtractor.
         self.front_end = MelSpectrogram(400, config.num_mel_bins, power=2.0, mel_scale="slaney", norm="slaney")
         self.encoder = WhisperEncoder(config)

@@ -138,7 +138,8 @@ class InverseSTFT(Float32Module):
 
     A real inverse FFT of N points is linear in the real and imaginary parts of its N/2 + 1 bins, so it is a product with
     a cosine and a sine basis. This needs no complex type and no FFT of an odd size, so it exports to ONNX with dynamic
-    length and runs on every device. It equals `torch.istft`'s complex form to float32 rounding.
+    length and runs on every device. It equals the complex form to float32 rounding. On a CPU, where the product would be a
+    sixth of a small decoder's arithmetic, the FFT does the same (`use_fft`).
 
     "Same" padding as in Vocos: (n_fft - hop)/2 samples are trimmed at each end, so T frames give T·hop samples.
     """
@@ -154,6 +155,8 @@ class InverseSTFT(Float32Module):
         self.register_buffer("window", torch.hann_window(n_fft, dtype=torch.float32))
         self.register_buffer("basis", torch.empty(n_fft + 2, n_fft, dtype=torch.float32), persistent=False)
         self.reset_basis()
+        self.use_fft: bool | None = None
+        """True: FFT, False: matrix product, None: FFT on a CPU outside of export, else the product."""
 
     def reset_basis(self) -> None:
         """Fills the basis; called again by the model after it was created on the meta device."""
@@ -180,8 +183,16 @@ class InverseSTFT(Float32Module):
         """Real and imaginary parts, each (B, T, n_fft/2 + 1) → (B, T·hop) float32 samples."""
         trim = (self.n_fft - self.hop_length) // 2
         with torch.autocast(real.device.type, enabled=False):
-            spectrum = torch.cat([real, imaginary], dim=-1).float()  # (B, T, n_fft + 2)
-            audio = self.overlap_add(spectrum @ self.basis * self.window)
+            audio = self.overlap_add(self._frames(real.float(), imaginary.float()) * self.window)
             squared = self.window.square().expand(1, real.shape[1], self.n_fft)
             envelope = self.overlap_add(squared)
             return audio[:, trim:-trim] / envelope[:, trim:-trim]  # (B, T·hop)
+
+    def _frames(self, real: Tensor, imaginary: Tensor) -> Tensor:
+        """Inverse real DFT of every frame: (B, T, n_fft/2 + 1) twice → (B, T, n_fft)."""
+        use_fft = self.use_fft
+        if use_fft is None:
+            use_fft = real.device.type == "cpu" and not torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export()
+        if use_fft:
+            return torch.fft.irfft(torch.complex(real, imaginary), n=self.n_fft)
+        return torch.cat([real, imaginary], dim=-1) @ self.basis

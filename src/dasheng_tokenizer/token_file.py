@@ -184,14 +184,15 @@ class AudioTokens:
             header["frame_rate"] = float(metadata["frame_rate"])
             header["model_name"], header["weights_hash"] = metadata["model_name"], metadata["weights_hash"]
             header["dtype"] = metadata["dtype"]
-            _check_header(shape, *(header[key] for key in _INTEGERS), header["frame_rate"])
+            sizes = {key: header[key] for key in (*_INTEGERS, "frame_rate")}
+            _check_header(shape, **sizes)
         except KeyError as error:
-            raise TokenFileError(f"{path} is damaged: {error} is missing in its header; encode the audio again") from error
+            raise TokenFileError(f"{path} is damaged: its header has no {error}; encode the audio again") from error
         except ValueError as error:  # LatentError is one too
             raise TokenFileError(f"{path} is damaged: {error}; encode the audio again") from error
         if _SAFETENSORS_DTYPES.get(stored) != header["dtype"]:
             raise TokenFileError(
-                f"{path} is damaged: its header says {header['dtype']}, the latents are {stored}; encode the audio again"
+                f"{path} is damaged: its header says {header['dtype']}, but the latents are {stored}; encode again"
             )
         header |= {"version": VERSION, "num_tokens": shape[1], "latent_dim": shape[2]}
         header["duration"] = header["num_samples"] / header["sampling_rate"]
@@ -208,7 +209,7 @@ def _check_header(
     if len(shape) != 3 or 0 in shape:
         raise LatentError(f"latents have shape {shape}; expected (channels, T, D)")
     if min(sampling_rate, num_samples) < 1 or not 0 < frame_rate < MODEL_RATE:
-        raise LatentError(f"{num_samples} samples at {sampling_rate} Hz with {frame_rate} tokens per second are no audio")
+        raise LatentError(f"{num_samples} samples at {sampling_rate} Hz, {frame_rate} tokens a second, are no audio")
     if shape[0] != num_channels:
         raise LatentError(f"latents of {shape[0]} channels for audio of {num_channels} channels")
     tokens = expected_tokens(num_samples, sampling_rate, frame_rate)

@@ -303,8 +303,10 @@ class DashengTokenizerModel(PreTrainedModel):
         """Decodes clips of different length as if each were alone: zero latents are not the edge of a tensor."""
         if torch.compiler.is_compiling() or bool((tokens == latents.shape[1]).all()):
             return self._decode(latents)
-        audio = [self._decode(z[None, :count])[0] for z, count in zip(latents, tokens.tolist(), strict=True)]
-        return nn.utils.rnn.pad_sequence(audio, batch_first=True)  # (B, 640·T)
+        audio = torch.zeros(len(latents), latents.shape[1] * SAMPLES_PER_TOKEN, device=latents.device)
+        for row, z, count in zip(audio, latents, tokens.tolist(), strict=True):
+            row[: count * SAMPLES_PER_TOKEN] = self._decode(z[None, :count])[0]
+        return audio  # (B, 640·T)
 
     def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 3 or latents.shape[1] == 0 or latents.shape[2] != self.latent_dim:

@@ -35,12 +35,13 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     """
     from dasheng_tokenizer.training.configuration import load_recipe
     from dasheng_tokenizer.training.loop import fit, is_finished, make_fabric, seed_everything
-    from dasheng_tokenizer.training.tokenizer_task import TokenizerTask, open_data
+    from dasheng_tokenizer.training.tokenizer_state import open_data
+    from dasheng_tokenizer.training.tokenizer_task import TokenizerTask
 
     config = load_recipe(recipe, overrides)
     fabric = make_fabric(config)
     if is_finished(config):
-        fabric.print(f"{config.output} is finished: its model is {config.output / 'model'}. More steps go on from there.")
+        fabric.print(f"{config.output} is finished; the model: {config.output / 'model'}. More steps would go on.")
         return config.output
     seed_everything(config.seed)  # Alike on every rank: the same fresh weights.
     model = build_model(config)

@@ -1,8 +1,9 @@
 """Recipes: typed settings of a training run, read from YAML, changed by `key=value` on the command line.
 
-`LoopConfig` holds what every training in this package needs (it is the base of later recipes too); `TrainingConfig` adds what
-the tokenizer needs. A key that no setting has is an error that names the nearest one, so that a typing slip never trains
-silently with a default. Relative paths in a recipe are taken from the current directory, like those on a command line.
+`LoopConfig` holds what every training in this package needs (it is the base of later recipes too); `TrainingConfig`
+adds what the tokenizer needs. A key that no setting has is an error that names the nearest one, so that a typing slip
+never trains silently with a default. Relative paths in a recipe are taken from the current directory, like those on a
+command line.
 """
 
 from __future__ import annotations
@@ -51,14 +52,15 @@ class OptimizerConfig:
         _require(all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas must lie in [0, 1), not {self.betas}")
         _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, not {self.warmup_steps}")
-        _require(0 <= self.final_fraction <= 1, f"optimizer.final_fraction must lie in [0, 1], not {self.final_fraction}")
+        _require(0 <= self.final_fraction <= 1, f"optimizer.final_fraction is in [0, 1], not {self.final_fraction}")
 
 
 @dataclass(frozen=True)
 class LossWeights:
     """Weights of the terms of the generator's loss; a weight of 0 leaves the term uncomputed.
 
-    The defaults are those a later paper gives for this architecture (DESIGN.md §7); the STFT term is ours and off by default.
+    The defaults are those a later paper gives for this architecture (DESIGN.md §7); the STFT term is ours and off by
+    default.
     """
 
     mel: float = 45.0
@@ -102,7 +104,8 @@ class LoopConfig:
         seed: of the weights, the crops and everything drawn at random.
         steps: optimizer steps of the whole run.
         optimizer: of the trained model.
-        ema_decay: of the exponential moving average of the weights that is validated and kept; 0 keeps the last weights.
+        ema_decay: of the exponential moving average of the weights that is validated and kept; 0 keeps the last
+            weights.
         clip_grad_norm: largest gradient norm; larger gradients are scaled down to it.
         accumulate: micro-batches that a batch is cut into; the step sees their mean gradient.
         precision: `32-true`, or `bf16-mixed` (weights float32, matrix products bfloat16).
@@ -110,7 +113,8 @@ class LoopConfig:
         keep_checkpoints: newest checkpoints kept.
         validate_every: steps between validations; 0 validates at the end only.
         log_every: steps between log lines.
-        accelerator, devices, num_nodes, strategy: as in `lightning_fabric.Fabric`; `strategy` is `auto` or a kind of `ddp`.
+        accelerator, devices, num_nodes, strategy: as in `lightning_fabric.Fabric`; `strategy` is `auto` or a kind of
+            `ddp`.
     """
 
     output: Path = Path("runs/tokenizer")
@@ -138,7 +142,7 @@ class LoopConfig:
         _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), not {self.ema_decay}")
         _require(self.clip_grad_norm > 0, f"clip_grad_norm must be above 0, not {self.clip_grad_norm}")
         known = self.strategy == "auto" or self.strategy.startswith("ddp")
-        _require(known, f"strategy must be 'auto' or a kind of 'ddp' (whole checkpoints on rank 0), not {self.strategy!r}")
+        _require(known, f"strategy must be 'auto' or a kind of 'ddp', not {self.strategy!r}")
 
 
 @dataclass(frozen=True)
@@ -173,11 +177,11 @@ class TrainingConfig(LoopConfig):
         """Refuse settings that contradict each other."""
         super().__post_init__()
         _require(self.gan_start_step >= 0, f"gan_start_step must not be negative, not {self.gan_start_step}")
-        _require(not (self.init and self.model), "`init` brings its own configuration: leave `model` empty, or drop `init`")
-        _require(not (self.init and self.semantic_weights), "`init` brings its own semantic encoder: drop `semantic_weights`")
+        _require(not (self.init and self.model), "`init` brings its own configuration: drop `model` or `init`")
+        _require(not (self.init and self.semantic_weights), "`init` brings its own encoder: drop `semantic_weights`")
         if self.uses_gan:
             some = self.discriminator.multi_frequency or self.discriminator.multi_period
-            _require(some, "the GAN starts at gan_start_step but discriminator.multi_frequency and multi_period are both off")
+            _require(some, "the GAN needs discriminator.multi_frequency or multi_period, but both are off")
 
     @property
     def uses_gan(self) -> bool:

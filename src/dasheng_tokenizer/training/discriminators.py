@@ -75,21 +75,22 @@ class SpectrogramDiscriminator(nn.Module):
 
 
 class MultiPeriodDiscriminator(nn.Module):
-    """Judges the waveform folded at several periods, whose columns are every p-th sample (HiFi-GAN, arXiv 2010.05646)."""
+    """Judges the waveform folded at several periods: every p-th sample in a row (HiFi-GAN, arXiv 2010.05646)."""
 
     def __init__(self, periods: Sequence[int] = (2, 3, 5, 7, 11), channels: Sequence[int] = (32, 64, 128, 256)) -> None:
         """Choose the periods and the widths.
 
         Args:
             periods: in samples; primes see different structure each.
-            channels: width of each strided layer (HiFi-GAN: 32, 128, 512, 1024); a last unstrided one repeats the widest.
+            channels: width of each strided layer (HiFi-GAN: 32, 128, 512, 1024); a last unstrided one repeats the
+                widest.
 
         Raises:
             ConfigurationError: no periods or channels, or values below 1.
         """
         super().__init__()
         if not periods or not channels or min(periods) < 1 or min(channels) < 1:
-            raise ConfigurationError(f"the discriminator needs periods and channels of 1 or more: {periods}, {channels}")
+            raise ConfigurationError(f"periods and channels must be 1 or more: {periods}, {channels}")
         self.parts = nn.ModuleList(PeriodDiscriminator(period, channels) for period in periods)
 
     def forward(self, audio: Tensor) -> list[DiscriminatorOutput]:

@@ -1,11 +1,12 @@
 """The training loop, whatever is trained: steps, log, validation, checkpoints, resume, a clean stop on a signal.
 
-What is trained comes as a `Task`. One process, `torchrun` with several, and several nodes run the same code through Lightning
-Fabric.
+What is trained comes as a `Task`. One process, `torchrun` with several, and several nodes run the same code through
+Lightning Fabric.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -45,7 +46,7 @@ MAX_SKIPPED_IN_A_ROW = 100
 
 @dataclass(frozen=True)
 class StepResult:
-    """Outcome of one optimizer step: scalar losses, detached; `applied` is False where a non-finite step was skipped."""
+    """Outcome of one optimizer step: scalar losses, detached; `applied` is False where a step was skipped."""
 
     losses: dict[str, Tensor]
     applied: bool
@@ -91,8 +92,11 @@ def make_fabric(config: LoopConfig) -> Fabric:
     strategy: Any = config.strategy
     several = nodes > 1 or (isinstance(devices, int) and devices > 1)
     if strategy in ("auto", "ddp") and several:
-        # Buffers are constants here (windows, mel filters, frozen statistics): nothing to broadcast each step.
-        strategy = lightning.strategies.DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Buffers are constants here (windows, mel filters, frozen statistics): nothing to send each step. torch 2.13
+        # renamed the setting.
+        known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+        setting = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        strategy = lightning.strategies.DDPStrategy(gradient_as_bucket_view=True, **{setting: False})
     fabric: Fabric = lightning.Fabric(
         accelerator=config.accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision=config.precision
     )
@@ -253,8 +257,8 @@ def _run_steps(
             in_a_row = 0 if result.applied else in_a_row + 1
             if in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise ConfigurationError(
-                    f"{in_a_row} steps in a row had no finite gradient (last: step {progress.step}); lower optimizer.lr, or "
-                    "look for broken audio in the data"
+                    f"{in_a_row} steps in a row had no finite gradient (last: step {progress.step}); lower "
+                    "optimizer.lr, or look for broken audio in the data"
                 )
             _count(fabric, task, batch, progress, meter, result, time.perf_counter() - started)
             bar.update()

@@ -1,7 +1,7 @@
-"""Losses of tokenizer training: spectral reconstruction, semantic preservation, and the hinge GAN with feature matching.
+"""Losses of tokenizer training: spectral reconstruction, semantic preservation, hinge GAN with feature matching.
 
-Spectral losses run in float32 whatever autocast says, and every term is a mean over items of equal weight, so that the mean
-over the ranks of a run on several devices is the loss of the whole batch.
+Spectral losses run in float32 whatever autocast says, and every term is a mean over items of equal weight, so that the
+mean over the ranks of a run on several devices is the loss of the whole batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STFT_WINDOWS = (512, 1024, 2048)
 """Window lengths in samples of the multi-resolution STFT loss; all are mel windows too, so that spectra are shared."""
 
 SILENCE_AMPLITUDE = 1e-3
-"""RMS (full scale 1, so -60 dBFS) of the white noise below which a target counts as silence in the spectral convergence."""
+"""RMS at full scale 1 (-60 dBFS) of white noise below which a target counts as silence in the spectral convergence."""
 
 
 class DiscriminatorOutput(NamedTuple):
@@ -42,8 +42,8 @@ class DiscriminatorOutput(NamedTuple):
 class _Magnitude(torch.autograd.Function):
     """|rfft(frames · window)| with the gradient written out.
 
-    Autograd's own backward of `rfft` is a complex FFT of twice the size; the real inverse FFT used here halves the time of
-    the whole loss on a CPU. At zero magnitude the gradient is zero.
+    Autograd's own backward of `rfft` is a complex FFT of twice the size; the real inverse FFT used here halves the
+    time of the whole loss on a CPU. At zero magnitude the gradient is zero.
     """
 
     @staticmethod
@@ -69,8 +69,8 @@ class _Magnitude(torch.autograd.Function):
 def stft_magnitude(audio: Tensor, n_fft: int) -> Tensor:
     """STFT magnitude: periodic Hann window of n_fft samples, hop n_fft/4, centred, mirrored at the ends.
 
-    Equals `torch.stft(…, center=True).abs()` with frames before bins; audio of n_fft/2 samples or less is first extended
-    by zeros, as it is too short to mirror.
+    Equals `torch.stft(…, center=True).abs()` with frames before bins; audio of n_fft/2 samples or less is first
+    extended by zeros, as it is too short to mirror.
 
     Args:
         audio: (B, S) samples, S ≥ 1.
@@ -103,7 +103,7 @@ class SpectraPair:
             AudioError: shapes that differ, or are not (B, S).
         """
         if audio.ndim != 2 or audio.shape != target.shape or audio.shape[-1] == 0:
-            raise AudioError(f"spectral losses compare (B, S) with (B, S), not {tuple(audio.shape)} with {tuple(target.shape)}")
+            raise AudioError(f"spectral losses compare two (B, S), not {tuple(audio.shape)} with {tuple(target.shape)}")
         self._audio, self._target = audio, target.detach()
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -163,8 +163,8 @@ class MultiScaleMelLoss(nn.Module):
 class MultiResolutionSTFTLoss(nn.Module):
     """Spectral convergence plus L1 of log magnitudes, mean over several window lengths (arXiv 1910.11480, §2.2).
 
-    The convergence is taken per item, not over the batch, so that a loud item does not hide a quiet one and the loss does
-    not depend on how a batch is split over devices.
+    The convergence is taken per item, not over the batch, so that a loud item does not hide a quiet one and the loss
+    does not depend on how a batch is split over devices.
     """
 
     def __init__(self, windows: Sequence[int] = STFT_WINDOWS, floor: float = 1e-5) -> None:
@@ -205,7 +205,8 @@ class MultiResolutionSTFTLoss(nn.Module):
 def mel_filters(n_fft: int, bands: int) -> Tensor:
     """Slaney mel filters, 0 to 8000 Hz, (n_fft/2 + 1, bands) float32, none of them empty.
 
-    Where a filter is narrower than the distance of two bins and falls between them, it takes the bin nearest its centre.
+    Where a filter is narrower than the distance of two bins and falls between them, it takes the bin nearest its
+    centre.
     """
     bins, nyquist = n_fft // 2 + 1, SAMPLING_RATE / 2
     scale = ("slaney", "slaney")  # area normalisation, mel scale
@@ -215,7 +216,8 @@ def mel_filters(n_fft: int, bands: int) -> Tensor:
     empty = torch.nonzero(filters.amax(0) == 0).flatten().tolist()
     if empty:
         # A grid of 64 times as many bins shows the centres of all triangles.
-        fine = torch.from_numpy(mel_filter_bank(64 * (bins - 1) + 1, bands, 0.0, nyquist, SAMPLING_RATE, *scale)).float()
+        many = 64 * (bins - 1) + 1
+        fine = torch.from_numpy(mel_filter_bank(many, bands, 0.0, nyquist, SAMPLING_RATE, *scale)).float()
         for band in empty:
             filters[round(int(fine[:, band].argmax()) / 64), band] = fine[:, band].max()
     return filters

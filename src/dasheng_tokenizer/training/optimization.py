@@ -1,4 +1,4 @@
-"""AdamW, its schedule, the guarded step that never takes in a non-finite gradient, and the moving average of the weights."""
+"""AdamW, its schedule, a step that never takes in a non-finite gradient, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 def make_adamw(parameters: NamedParameters, config: OptimizerConfig) -> torch.optim.AdamW:
     """Build AdamW that decays matrices and convolution kernels only; norms, biases and layer scales keep their size."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for _, parameter in parameters:
         if parameter.requires_grad:
             (decayed if parameter.ndim > 1 else plain).append(parameter)
@@ -57,8 +58,8 @@ def guarded_step(
 ) -> tuple[Tensor, bool]:
     """Clip the gradient and step, unless the loss or the gradient is not finite on any rank.
 
-    A skipped step leaves weights and optimizer state as they were. All ranks decide alike: they share one vote. The vote costs
-    one synchronisation with the accelerator a step.
+    A skipped step leaves weights and optimizer state as they were. All ranks decide alike: they share one vote. The
+    vote costs one synchronisation with the accelerator a step.
 
     Args:
         fabric: of the run.
@@ -89,8 +90,8 @@ def any_rank(fabric: Fabric, flag: Tensor) -> bool:
 class ExponentialMovingAverage:
     """Average of the trained weights over the last ~1/(1-decay) steps.
 
-    The decay rises with the number of updates n as (1+n)/(10+n) up to its final value, so that a short run is not held back by
-    its random start.
+    The decay rises with the number of updates n as (1+n)/(10+n) up to its final value, so that a short run is not held
+    back by its random start.
     """
 
     def __init__(self, parameters: NamedParameters, decay: float) -> None:
@@ -102,7 +103,7 @@ class ExponentialMovingAverage:
         """
         named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
         self.names = [name for name, _ in named]
-        self.parameters = [parameter for _, parameter in named]
+        self.parameters: list[Tensor] = [parameter for _, parameter in named]
         self.values = [parameter.detach().clone() for parameter in self.parameters]
         self.decay = decay
         self.updates = 0

@@ -1,8 +1,9 @@
 """Checkpoints of a running training: whole or absent, the newest few kept, exact on resume.
 
-A checkpoint is a folder `step-XXXXXXXX` with `tensors.safetensors` (trained weights, optimizer state, moving averages) and
-`state.json` (progress, random states of every rank, what the run trains). Frozen weights are not repeated in it. The folder is
-written under a temporary name and renamed, so that a run killed at any moment leaves only whole checkpoints.
+A checkpoint is a folder `step-XXXXXXXX` with `tensors.safetensors` (trained weights, optimizer state, moving averages)
+and `state.json` (progress, random states of every rank, what the run trains). Frozen weights are not repeated in it.
+The folder is written under a temporary name and renamed, so that a run killed at any moment leaves only whole
+checkpoints.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ def save_checkpoint(fabric: Fabric, folder: Path, task: Checkpointable, progress
 def load_checkpoint(fabric: Fabric, folder: Path, task: Checkpointable) -> Progress:
     """Restore the newest checkpoint in `folder` into `task`; without one, nothing changes. Called on every rank.
 
-    Modules that the checkpoint does not have (discriminators that start later) keep their fresh weights. Random states are
-    restored when the number of ranks is the same.
+    Modules that the checkpoint does not have (discriminators that start later) keep their fresh weights. Random states
+    are restored when the number of ranks is the same.
 
     Raises:
         CheckpointError: a damaged checkpoint.
@@ -100,7 +101,7 @@ def load_checkpoint(fabric: Fabric, folder: Path, task: Checkpointable) -> Progr
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(path / "tensors.safetensors")
         if state["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {state['format']}, this version reads {FORMAT}; start a new `output`")
+            raise CheckpointError(f"{path}: format {state['format']}, but {FORMAT} is known; start a new `output`")
         _check_identity(path, state["identity"], task.identity())
         _restore(task, tensors, state)
         progress = Progress(**state["progress"])
@@ -179,7 +180,7 @@ def _write(folder: Path, final: Path, task: Checkpointable, progress: Progress, 
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
         for path in temporary.iterdir():
             _sync(path)
-        if final.exists():  # The same step again, after a resume: the old folder gives way only once the new one is whole.
+        if final.exists():  # The same step again: the old folder gives way only now that the new one is whole.
             shutil.rmtree(final)
         os.replace(temporary, final)
         _sync(folder)
@@ -249,4 +250,4 @@ def _check_identity(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, A
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     if different:
         listed = "; ".join(f"{key}: {saved.get(key)!r} there, {wanted.get(key)!r} here" for key in different)
-        raise ConfigurationError(f"{path} belongs to another run ({listed}); choose another `output` or the same settings")
+        raise ConfigurationError(f"{path} is of another run ({listed}); choose another `output` or the same settings")

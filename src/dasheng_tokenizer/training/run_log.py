@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 class RunLog:
     """Appends one JSON line a record, and mirrors numbers, audio and pictures to TensorBoard.
 
-    On resume, records of steps that are done again are dropped, so that the file reads as if nothing had happened. On ranks
-    other than 0 every method does nothing.
+    On resume, records of steps that are done again are dropped, so that the file reads as if nothing had happened. On
+    ranks other than 0 every method does nothing.
     """
 
     def __init__(self, folder: Path, step: int, active: bool = True) -> None:
@@ -45,7 +44,7 @@ class RunLog:
         """Return the log itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         """Flush and close TensorBoard's file."""
         if self.writer is not None:
             self.writer.close()

@@ -1,7 +1,8 @@
 """Training of the tokenizer: what one step does, in the order of the paper's objective (DESIGN.md §7).
 
-A step decodes the unified embedding of a batch of crops, lets the discriminators learn to tell it from the original (once the
-GAN has started), and then moves the acoustic layer, the upsampler and the decoder. The semantic encoder never moves.
+A step decodes the unified embedding of a batch of crops, lets the discriminators learn to tell it from the original
+(once the GAN has started), and then moves the acoustic layer, the upsampler and the decoder. The semantic encoder
+never moves.
 """
 
 from __future__ import annotations
@@ -10,18 +11,16 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dasheng_tokenizer.files import output_error
 from dasheng_tokenizer.tokenizer import DashengTokenizerModel
-from dasheng_tokenizer.training.configuration import DiscriminatorConfig, Latent, TrainingConfig, to_plain
+from dasheng_tokenizer.training.configuration import TrainingConfig, to_plain
 from dasheng_tokenizer.training.data import Batch
-from dasheng_tokenizer.training.discriminators import MultiFrequencyDiscriminator, MultiPeriodDiscriminator
 from dasheng_tokenizer.training.loop import StepResult
 from dasheng_tokenizer.training.losses import (
     DiscriminatorOutput,
@@ -33,82 +32,40 @@ from dasheng_tokenizer.training.losses import (
     generator_adversarial_loss,
     semantic_preservation_loss,
 )
-from dasheng_tokenizer.training.optimization import (
-    ExponentialMovingAverage,
-    guarded_step,
-    learning_rate,
-    make_adamw,
-    set_learning_rate,
-)
+from dasheng_tokenizer.training.optimization import guarded_step, learning_rate, set_learning_rate
 from dasheng_tokenizer.training.run_log import RunLog
+from dasheng_tokenizer.training.tokenizer_state import Crops, Generated, make_state, unwrapped
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from lightning_fabric.wrappers import _FabricModule
 
-Generated = tuple[Tensor, Tensor, Tensor]
-"""Acoustic and semantic embeddings (B, N, D) each, decoded audio (B, 640·N)."""
-
-
-class Generator(nn.Module):
-    """Encode and decode as one forward, so that DDP sees the whole of it."""
-
-    def __init__(self, model: DashengTokenizerModel, latent: Latent) -> None:
-        """Wrap a model; `latent` says which embedding the decoder gets."""
-        super().__init__()
-        self.model = model
-        self.latent = latent
-
-    def forward(self, audio: Tensor, semantic: Tensor | None) -> Generated:
-        """Context audio (B, 512 + 640·N + 512), cached semantic embeddings (B, N, D) or None to compute them."""
-        if semantic is None:
-            semantic = self.model.encode_semantic(audio)  # (B, N, D)
-        acoustic = self.model.encode_acoustic(audio)  # (B, N, D)
-        latent = select_latent(self.latent, semantic, acoustic)  # (B, N, D)
-        # Not `model.decode`: it refuses NaN, where training skips the step.
-        frames = self.model.upsampler(latent.transpose(1, 2)).transpose(1, 2)  # (B, 2N, D)
-        return acoustic, semantic, self.model.decoder(frames)  # audio (B, 640·N)
-
-
-class Discriminators(nn.Module):
-    """All discriminators of a recipe as one module."""
-
-    def __init__(self, config: DiscriminatorConfig) -> None:
-        """Build those that the recipe names."""
-        super().__init__()
-        self.members = nn.ModuleList()
-        if config.multi_frequency:
-            self.members.append(MultiFrequencyDiscriminator(**config.multi_frequency_options))
-        if config.multi_period:
-            self.members.append(MultiPeriodDiscriminator(**config.multi_period_options))
-
-    def forward(self, audio: Tensor) -> list[DiscriminatorOutput]:
-        """(B, S) samples → one output for each part of each discriminator."""
-        return [output for member in self.members for output in member(audio)]
-
-
-@dataclass
-class TrainingState:
-    """What a step changes. `generator` and `discriminators` are as Fabric wrapped them; there may be no discriminators."""
-
-    model: DashengTokenizerModel
-    generator: nn.Module
-    generator_optimizer: torch.optim.Optimizer
-    average: ExponentialMovingAverage
-    discriminators: nn.Module | None = None
-    discriminator_optimizer: torch.optim.Optimizer | None = None
+MODEL_IDENTITY = (
+    "semantic_encoder",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "decoder_embed_dim",
+    "decoder_depth",
+    "decoder_intermediate_size",
+    "istft_n_fft",
+    "istft_hop",
+    "n_mels_patch",
+)
+"""Fields of the model's configuration that give its weights their shapes."""
 
 
 class TokenizerTask:
     """The tokenizer as a `loop.Task`."""
 
-    def __init__(self, fabric: Fabric, config: TrainingConfig, model: DashengTokenizerModel, data: Any) -> None:
+    def __init__(self, fabric: Fabric, config: TrainingConfig, model: DashengTokenizerModel, data: Crops) -> None:
         """Set a model up for training.
 
         Args:
             fabric: launched.
             config: the recipe.
             model: with the weights to start from, the same on every rank.
-            data: crops, with `batches(first_step, steps)`; see `training.data`.
+            data: where batches come from.
         """
         self.fabric, self.config, self.data = fabric, config, data
         self.state = make_state(fabric, config, model)
@@ -118,14 +75,21 @@ class TokenizerTask:
         self.optimizers = {"tokenizer": self.state.generator_optimizer}
         self.averages = {"tokenizer": self.state.average}
         if self.state.discriminators is not None and self.state.discriminator_optimizer is not None:
-            self.modules["discriminators"] = _unwrapped(self.state.discriminators)
+            self.modules["discriminators"] = unwrapped(self.state.discriminators)
             self.optimizers["discriminators"] = self.state.discriminator_optimizer
 
     def identity(self) -> dict[str, Any]:
-        """Settings that a resumed run must share: everything that shapes the weights or the order of the data."""
+        """Settings that a resumed run must share: shapes of weights, and how crops are drawn. Data may move."""
         config = self.config
-        data = {f"data.{name}": value for name, value in to_plain(config.data).items()}
-        return {"model": self.state.model.config.to_diff_dict(), "seed": config.seed, "latent": config.latent, **data}
+        model = self.state.model.config.to_dict()
+        drawn = ("crop_seconds", "batch_size", "gain_db", "views", "seed")
+        plain = to_plain(config.data)
+        return {
+            **{f"model.{name}": model[name] for name in MODEL_IDENTITY},
+            **{f"data.{name}": plain[name] for name in drawn},
+            "seed": config.seed,
+            "latent": config.latent,
+        }
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """This rank's batches of the steps to do."""
@@ -137,7 +101,7 @@ class TokenizerTask:
 
     def training_step(self, batch: Batch, step: int) -> StepResult:
         """Discriminators first, then the generator, on the same decoded audio."""
-        parts = split_batch(self.fabric.to_device(batch), self.config.accumulate)
+        parts = split_batch(batch.to(self.fabric.device, non_blocking=True), self.config.accumulate)
         adversarial = self.state.discriminators is not None and step >= self.config.gan_start_step
         # A batch in one part is decoded once for both; in several, keeping all graphs would undo what splitting saves.
         generated = self._generate(parts[0]) if len(parts) == 1 else None
@@ -250,7 +214,7 @@ class TokenizerTask:
         Past the DDP wrapper: these gradients are the generator's, which are averaged there.
         """
         assert self.state.discriminators is not None
-        module = _unwrapped(self.state.discriminators)
+        module = unwrapped(self.state.discriminators)
         module.requires_grad_(False)
         try:
             with self.fabric.autocast():
@@ -263,34 +227,7 @@ class TokenizerTask:
     def _accumulating(self, module: nn.Module, index: int, parts: Sequence[Batch]) -> Any:
         """Gradients are averaged over the ranks at the last part only."""
         last = index == len(parts) - 1
-        return nullcontext() if last else self.fabric.no_backward_sync(module)
-
-
-def make_state(fabric: Fabric, config: TrainingConfig, model: DashengTokenizerModel) -> TrainingState:
-    """Move a model to the devices of the run; build optimizers, moving average and discriminators."""
-    if config.latent == "semantic":
-        # A scale and shift of 0 make the acoustic embedding 0: unified = semantic, in the saved model too.
-        with torch.no_grad():
-            for parameter in model.encoder.norm.parameters():
-                parameter.zero_()
-        for module in (model.encoder.patch_embed, model.encoder.norm):
-            module.requires_grad_(False)
-    model.train()
-    generator = fabric.setup_module(Generator(model, config.latent))
-    optimizer = fabric.setup_optimizers(make_adamw(model.named_parameters(), config.optimizer))
-    average = ExponentialMovingAverage(model.named_parameters(), config.ema_decay)
-    state = TrainingState(model, generator, optimizer, average)
-    if config.uses_gan:
-        discriminators = Discriminators(config.discriminator)
-        kind = config.discriminator.optimizer
-        state.discriminators = fabric.setup_module(discriminators)
-        state.discriminator_optimizer = fabric.setup_optimizers(make_adamw(discriminators.named_parameters(), kind))
-    return state
-
-
-def select_latent(latent: Latent, semantic: Tensor, acoustic: Tensor) -> Tensor:
-    """What the decoder gets, (B, N, D): the unified embedding, or one part of it for an ablation."""
-    return {"unified": semantic + acoustic, "semantic": semantic, "acoustic": acoustic}[latent]
+        return nullcontext() if last else self.fabric.no_backward_sync(cast("_FabricModule", module))
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
@@ -331,9 +268,3 @@ def save_model(model: DashengTokenizerModel, folder: Path) -> None:
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise output_error(folder, error) from error
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module that Fabric wrapped."""
-    inner: nn.Module = module.module  # type: ignore[assignment]
-    return inner

@@ -16,7 +16,7 @@ from dasheng_tokenizer.training.configuration import TrainingConfig
 from dasheng_tokenizer.training.data import ValidationClip, validation_clips
 from dasheng_tokenizer.training.losses import MultiScaleMelLoss
 from dasheng_tokenizer.training.run_log import RunLog
-from dasheng_tokenizer.training.tokenizer_task import select_latent
+from dasheng_tokenizer.training.tokenizer_state import select_latent
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -39,8 +39,8 @@ def validate(
         log: receives originals (once), reconstructions and spectrograms.
 
     Returns:
-        Means over clips: `mel` (7-scale mel distance) over all and `mel_DOMAIN` for each domain; for speech `pesq_wb` and
-        `stoi` where those packages are installed. Empty where there are no held-out clips.
+        Means over clips: `mel` (7-scale mel distance) over all and `mel_DOMAIN` for each domain; for speech `pesq_wb`
+        and `stoi` where those packages are installed. Empty where there are no held-out clips.
     """
     clips = validation_clips(config.data, config.validation_clips)
     mel = MultiScaleMelLoss().to(fabric.device)

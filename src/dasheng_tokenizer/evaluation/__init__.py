@@ -1,0 +1,1 @@
+"""Evaluation: figures that say how good a reconstruction is."""
