@@ -9,8 +9,6 @@ import os
 import resource
 import signal
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +33,7 @@ from dasheng_tokenizer.audio import (
 )
 from dasheng_tokenizer.errors import AudioError, AudioFileError, MissingExtraError, OutputError
 from dasheng_tokenizer.files import atomic_path, require_extra
+from dasheng_tokenizer.token_file import AudioTokens
 
 RATES = [8000, 11025, 16000, 22050, 24000, 32000, 44100, 48000, 96000, 192000]
 
@@ -189,7 +188,9 @@ def test_every_format_keeps_length_rate_and_channels(tmp_path: Path, suffix: str
 
 
 @settings(deadline=None, max_examples=30)
-@given(samples=st.integers(1, 3000), size=st.integers(1, 3500), suffix=st.sampled_from([".wav", ".flac", ".mp3", ".ogg"]))
+@given(
+    samples=st.integers(1, 3000), size=st.integers(1, 3500), suffix=st.sampled_from([".wav", ".flac", ".mp3", ".ogg"])
+)
 def test_blocks_are_the_file(tmp_path_factory: pytest.TempPathFactory, samples: int, size: int, suffix: str) -> None:
     path = tmp_path_factory.getbasetemp() / f"blocks{suffix}"
     save_audio(path, noise(2, samples), 16000)
@@ -261,8 +262,8 @@ def test_an_mp3_without_length_header_is_read_to_its_end(tmp_path: Path) -> None
 def whole_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     files = {}
-    for suffix, rate in (("wav", 44100), ("flac", 44100), ("mp3", 44100), ("ogg", 44100), ("opus", 48000), ("w64", 44100)):
-        save_audio(folder / f"a.{suffix}", noise(2, 100_000), rate)
+    for suffix in ("wav", "flac", "mp3", "ogg", "opus", "w64"):
+        save_audio(folder / f"a.{suffix}", noise(2, 100_000), 48000)
         files[suffix] = (folder / f"a.{suffix}").read_bytes()
     for suffix in ("aiff", "au"):
         soundfile.write(folder / f"a.{suffix}", noise(2, 100_000).T, 44100)
@@ -389,27 +390,41 @@ def _fill_disk_after(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     monkeypatch.setattr(_GuardedFile, "__init__", lambda self, handle: make(self, Full(handle)))
 
 
+def in_child(work: Callable[[], None]) -> int:
+    """Start `work` in a forked process, which needs no imports anew, and return its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+    finally:
+        os._exit(0)
+
+
 def test_a_real_limit_of_the_system_is_named(tmp_path: Path) -> None:
-    """The same with the system's own refusal (RLIMIT_FSIZE), in a process of its own, for audio and token files."""
-    code = (
-        "import resource, signal, sys, numpy, torch\n"
-        "from dasheng_tokenizer.audio import save_audio\n"
-        "from dasheng_tokenizer.token_file import AudioTokens\n"
-        "from dasheng_tokenizer.errors import OutputError\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-        "tokens = AudioTokens(torch.zeros(1, 25, 400), 16000, 16000, 1, 25.0, 'm', 'h')\n"
-        "for save in (lambda: save_audio('a.wav', numpy.zeros(50000), 16000),\n"
-        "             lambda: tokens.save('a.tokens.safetensors')):\n"
-        "    try:\n        save()\n        print('written')\n"
-        "    except OutputError as error:\n        print(error)\n"
-    )
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20000
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    lines = result.stdout.splitlines()
-    assert len(lines) == 2 and lines[0].startswith("cannot write a.wav: the file would be larger"), result
-    assert lines[1].startswith("cannot write a.tokens.safetensors: "), result
-    assert not os.listdir(tmp_path)
+    """The same with the system's own refusal (RLIMIT_FSIZE), for audio and token files."""
+    tokens = AudioTokens(torch.zeros(1, 25, 400), 16000, 16000, 1, 25.0, "m", "h")
+
+    def work() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        messages = []
+        for save in (
+            lambda: save_audio(tmp_path / "a.wav", np.zeros(50000), 16000),
+            lambda: tokens.save(tmp_path / "a.tokens.safetensors"),
+        ):
+            try:
+                save()
+                messages.append("written")
+            except OutputError as error:
+                messages.append(str(error))
+        (tmp_path / "messages").write_text("\n".join(messages))
+
+    os.waitpid(in_child(work), 0)
+    lines = (tmp_path / "messages").read_text().splitlines()
+    assert "a.wav: the file would be larger" in lines[0], lines
+    assert "a.tokens.safetensors: the file would be larger" in lines[1], lines
+    assert os.listdir(tmp_path) == ["messages"]
 
 
 def test_unwritable_places_are_named(tmp_path: Path) -> None:
@@ -427,21 +442,22 @@ def test_unwritable_places_are_named(tmp_path: Path) -> None:
 
 
 def test_a_killed_writer_leaves_no_file_and_the_next_one_tidies_up(tmp_path: Path) -> None:
-    code = (
-        "import sys, time, numpy\nfrom dasheng_tokenizer.audio_writer import AudioWriter\n"
-        "with AudioWriter('a.wav', 16000, 1) as writer:\n"
-        "    writer.write(numpy.zeros((1, 50000), dtype='float32'))\n"
-        "    print('writing', flush=True)\n    time.sleep(60)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "writing\n"
-        (living,) = os.listdir(tmp_path)
-        save_audio(tmp_path / "a.wav", noise(1, 5), 16000)  # a writer that lives is left alone
-        assert sorted(os.listdir(tmp_path)) == [living, "a.wav"]
-        (tmp_path / "a.wav").unlink()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    time.sleep(0.05)
+    def work() -> None:
+        with AudioWriter(tmp_path / "a.wav", 16000, 1) as writer:
+            writer.write(noise(1, 50_000))
+            (tmp_path / "ready").touch()
+            time.sleep(60)
+
+    child = in_child(work)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    (tmp_path / "ready").unlink()
+    (living,) = os.listdir(tmp_path)
+    save_audio(tmp_path / "a.wav", noise(1, 5), 16000)  # a writer that lives is left alone
+    assert sorted(os.listdir(tmp_path)) == [living, "a.wav"]
+    (tmp_path / "a.wav").unlink()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     assert os.listdir(tmp_path) == [living] and living.startswith(".")
     save_audio(tmp_path / "a.wav", noise(1, 5), 16000)
     assert os.listdir(tmp_path) == ["a.wav"]

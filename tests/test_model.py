@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel
 
 import dasheng_tokenizer
+from conftest import tiny
 from dasheng_tokenizer import DashengTokenizerConfig, DashengTokenizerModel
 from dasheng_tokenizer.chunking import decode_blocks, encode_blocks
 from dasheng_tokenizer.errors import AudioError, CheckpointError, ConfigurationError, LatentError, MaskError
@@ -193,7 +193,8 @@ def test_a_bad_sample_is_refused_with_its_place(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "audio", [torch.zeros(16_000), torch.zeros(1, 0), torch.zeros(0, 100), torch.zeros(1, 1, 9), torch.zeros(1, 9).int()]
+    "audio",
+    [torch.zeros(16_000), torch.zeros(1, 0), torch.zeros(0, 100), torch.zeros(1, 1, 9), torch.zeros(1, 9).int()],
 )
 def test_audio_of_wrong_shape_or_type(audio: torch.Tensor) -> None:
     with pytest.raises(AudioError):
@@ -217,7 +218,12 @@ def test_bad_masks(mask: torch.Tensor, message: str) -> None:
 
 def test_bad_latents() -> None:
     model = MODELS["dasheng"]
-    for latents in (torch.zeros(1, 3), torch.zeros(1, 0, 32), torch.zeros(1, 3, 31), torch.full((1, 3, 32), float("nan"))):
+    for latents in (
+        torch.zeros(1, 3),
+        torch.zeros(1, 0, 32),
+        torch.zeros(1, 3, 31),
+        torch.full((1, 3, 32), float("nan")),
+    ):
         with pytest.raises(LatentError):
             model.decode(latents)
     with pytest.raises(LatentError, match="num_samples"):

@@ -85,9 +85,9 @@ class AudioReader:
     def _open(self) -> _SequentialFile:
         path = self._path
         if path is not None:
-            if path.is_dir():
+            if os.path.isdir(path):  # unlike pathlib's, it does not raise for impossible names
                 raise AudioFileError(f"{self.name} is a folder; give an audio file")
-            if not path.exists():
+            if not os.path.exists(path):
                 raise AudioFileError(f"{self.name} does not exist; check the path")
             if path.stat().st_size == 0:
                 raise AudioFileError(f"{self.name} is empty (0 bytes); record, export or download it again")

@@ -39,7 +39,7 @@ WHISPER_FIELDS = (
 
 def embedded_default() -> Path:
     """Folder of the model that ships inside the package."""
-    return Path(str(files("dasheng_tokenizer").joinpath("embedded", "default")))
+    return Path(str(files("dasheng_tokenizer") / "embedded" / "default"))
 
 
 def load_strictly(load: Callable[..., Any], name: str | Path | None, kwargs: dict[str, Any]) -> Any:
@@ -53,20 +53,22 @@ def load_strictly(load: Callable[..., Any], name: str | Path | None, kwargs: dic
     except DashengTokenizerError:
         raise
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{source}: the weights or config.json are damaged ({error}); download or copy it again") from error
+        raise CheckpointError(
+            f"{source}: the weights or config.json are damaged ({error}); download or copy it again"
+        ) from error
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{source}: no model could be loaded ({reason}). Give a folder with config.json and model.safetensors, a hub name "
-            f"such as {PUBLISHED} (needs a network or a filled cache), or nothing for the embedded default"
+            f"{source}: no model could be loaded ({reason}). Give a folder with config.json and model.safetensors, a "
+            f"hub name such as {PUBLISHED} (needs a network or a filled cache), or nothing for the embedded default"
         ) from error
     for word in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(key if isinstance(key, str) else key[0] for key in info.get(word) or ())
         if keys:
             listed = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             raise CheckpointError(
-                f"{source}: {word.replace('_', ' ')}: {listed}. This is not a complete checkpoint of the architecture in its "
-                "config.json; export it again with save_pretrained"
+                f"{source}: {word.replace('_', ' ')}: {listed}. This is not a complete checkpoint of the architecture "
+                "in its config.json; export it again with save_pretrained"
             )
     return (model, info) if wants_info else model
 
@@ -104,8 +106,8 @@ def dasheng_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Renames Dasheng weights as published elsewhere to this package's keys of the semantic encoder.
 
     Known layouts: the single-file release (`init_bn.1.weight`, an `outputlayer`), the same under a prefix, and
-    MiDashengLM's audio encoder (`audio_encoder.init_bn.weight`, buffers without a dot, optional layer scales `ls1.gamma`,
-    folded here into the projections that they multiply).
+    MiDashengLM's audio encoder (`audio_encoder.init_bn.weight`, buffers without a dot, optional layer scales
+    `ls1.gamma`, folded here into the projections that they multiply).
 
     Raises:
         CheckpointError: no Dasheng weights among the keys.
@@ -138,7 +140,9 @@ def _adapter_state(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tens
     inner = {key.removeprefix("encoder.") for key in wanted if key.startswith("encoder.")}
     prefixes = {key[: len(key) - len(name)] for name in sorted(inner)[:1] for key in state if key.endswith(name)}
     for prefix in sorted(prefixes, key=len):
-        found = {f"encoder.{key.removeprefix(prefix)}": tensor for key, tensor in state.items() if key.startswith(prefix)}
+        found = {
+            f"encoder.{key.removeprefix(prefix)}": tensor for key, tensor in state.items() if key.startswith(prefix)
+        }
         found = {key: tensor for key, tensor in found.items() if key in wanted}
         if found:
             return found
@@ -156,19 +160,23 @@ def load_semantic_weights(model: Any, source: str | Path) -> None:
     wanted = encoder.state_dict()
     dasheng = model.config.semantic_encoder["kind"] == "dasheng"
     found = dasheng_state(state) if dasheng else _adapter_state(state, set(wanted))
-    optional = {key for key in wanted if "front_end." in key or key.endswith(("num_batches_tracked", "masked_spec_embed"))}
+    optional = {
+        key for key in wanted if "front_end." in key or key.endswith(("num_batches_tracked", "masked_spec_embed"))
+    }
     missing = sorted(set(wanted) - set(found) - optional)
     foreign = sorted(set(found) - set(wanted))
     wrong = [key for key in found if key in wanted and found[key].shape != wanted[key].shape]
     for word, keys in (("missing", missing), ("unknown", foreign), ("of another shape", wrong)):
         if keys:
-            raise CheckpointError(f"{source}: {len(keys)} weights {word}, for example {keys[0]}; is it the right encoder?")
+            raise CheckpointError(
+                f"{source}: {len(keys)} weights {word}, for example {keys[0]}; is it the right encoder?"
+            )
     encoder.load_state_dict({**wanted, **found})
     encoder.requires_grad_(False)
 
 
 def semantic_settings(source: str | Path) -> dict[str, Any]:
-    """Configuration fields that describe the frozen encoder stored at `source`: `semantic_encoder`, and sizes for Dasheng.
+    """Configuration fields of the frozen encoder stored at `source`: `semantic_encoder`, and sizes for Dasheng.
 
     Raises:
         CheckpointError: unreadable; ConfigurationError: of a kind that is not supported.

@@ -1,7 +1,8 @@
 """Encoding and decoding of any length at constant memory, equal to doing it whole.
 
-Encoding: windows of the semantic encoder do not see each other, so a block needs only `CONTEXT` samples of audio on each
-side for its mel frames. The Dasheng front end also needs the loudest band of the whole clip, hence a cheap first pass.
+Encoding: windows of the semantic encoder do not see each other, so a block needs only `CONTEXT` samples of audio on
+each side for its mel frames. The Dasheng front end also needs the loudest band of the whole clip, hence a cheap first
+pass.
 Decoding: an output sample depends on a finite number of latents on each side (`VocosDecoder.context_frames`), so blocks
 with that many neighbours give what the whole gives.
 """
@@ -195,7 +196,7 @@ def _decompress_blocks(
 
 
 def model_name(model: DashengTokenizerModel) -> str:
-    """How the model calls itself in token files: its name in `provenance`, or the last part of where it was loaded from."""
+    """How token files name the model: by its name in `provenance`, or the last part of where it was loaded from."""
     path = str(model.config.provenance.get("name") or model.config.name_or_path or "unnamed")
     return Path(path).name if Path(path).is_dir() else path
 
@@ -209,7 +210,7 @@ def check_model(model: DashengTokenizerModel, tokens: AudioTokens, force: bool =
     if not force and tokens.weights_hash != model.weights_hash():
         raise ModelMismatchError(
             f"the tokens were made by {tokens.model_name} (weights {tokens.weights_hash[:12]}), this model is "
-            f"{model_name(model)} (weights {model.weights_hash()[:12]}); load the former, or use force to decode all the same"
+            f"{model_name(model)} (weights {model.weights_hash()[:12]}); load the former, or use force to decode anyway"
         )
     if tokens.latents.shape[-1] != model.latent_dim:
         raise ModelMismatchError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import traceback
@@ -96,7 +97,7 @@ def run_jobs(work: Plan, overwrite: bool, action: Callable[[Job, Progress], str]
     done = skipped = 0
     several = len(work.jobs) > 1
     for job in tqdm(work.jobs, unit="file", delay=1, disable=None if several else True):
-        if job.target.exists() and not overwrite:
+        if os.path.exists(job.target) and not overwrite:
             _say(f"{job.target} exists, kept (--overwrite makes it anew)")
             skipped += 1
             continue

@@ -65,15 +65,15 @@ def plan(
     result = Plan()
     inputs = list(inputs)
     found: dict[str, tuple[Path, Path]] = {}  # absolute path → path as given, and path below the folder given
-    several = sum(one.is_dir() for one in inputs) > 1
+    several = sum(os.path.isdir(one) for one in inputs) > 1
     for one in inputs:
-        if one.is_dir():
+        if os.path.isdir(one):
             files = sorted(path for path in _files_below(one, output, result.failures) if accepts(path))
             if not files:
                 result.failures.append((str(one), f"no {kind} in this folder; check the path"))
             prefix = Path(one.resolve().name) if several else Path()
             pairs = [(path, prefix / path.relative_to(one)) for path in files]
-        elif one.exists():
+        elif os.path.exists(one):
             pairs = [(one, Path(one.name))]
         else:
             result.failures.append((str(one), "does not exist; check the path"))
@@ -89,7 +89,7 @@ def plan(
 
 def is_output_file(output: Path | None, suffixes: Iterable[str]) -> bool:
     """Whether `-o` names a file and not a folder."""
-    return output is not None and output.suffix.lower() in suffixes and not output.is_dir()
+    return output is not None and output.suffix.lower() in suffixes and not os.path.isdir(output)
 
 
 def _files_below(folder: Path, output: Path | None, failures: list[tuple[str, str]]) -> Iterator[Path]:

@@ -29,8 +29,8 @@ class DashengTokenizerConfig(PreTrainedConfig):
         upsample_tokens: decoder frames a token; istft_hop · upsample_tokens must be 640.
         n_mels_patch: mel bands of the acoustic layer's input.
         hop_length: hop of the mel front ends in samples (not the token's 640; that is `model.hop_length`).
-        semantic_encoder: the frozen encoder: `{"kind": "dasheng"}`, or `{"kind": K, "config": {…}}` with K one of whisper,
-            wavlm, hubert, wav2vec2 and the transformers configuration of that model. More keys: see
+        semantic_encoder: the frozen encoder: `{"kind": "dasheng"}`, or `{"kind": K, "config": {…}}` with K one of
+            whisper, wavlm, hubert, wav2vec2 and the transformers configuration of that model. More keys: see
             `semantic_adapters`.
         length_mode: "exact" gives ceil(n/640) tokens and sample-exact audio; "published" repeats the published token
             count ⌊(⌊n/160⌋ + 1)/4⌋ and its mirrored right end.
@@ -80,7 +80,9 @@ class DashengTokenizerConfig(PreTrainedConfig):
     def _width(self, embed_dim: int | None) -> int:
         kind = self.semantic_encoder.get("kind")
         if kind not in SEMANTIC_KINDS:
-            raise ConfigurationError(f"unknown semantic encoder kind {kind!r}; choose one of {', '.join(SEMANTIC_KINDS)}")
+            raise ConfigurationError(
+                f"unknown semantic encoder kind {kind!r}; choose one of {', '.join(SEMANTIC_KINDS)}"
+            )
         if kind == "dasheng":
             return 1280 if embed_dim is None else embed_dim
         inner = self.semantic_encoder.get("config") or {}

@@ -30,6 +30,7 @@ class ConvNeXtBlock(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), gamma))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, width) → (B, T, width)."""
         h = self.dwconv(x.transpose(1, 2)).transpose(1, 2)  # (B, T, width)
         h = self.pwconv2(F.gelu(self.pwconv1(self.norm(h))))  # (B, T, width)
         return x + self.gamma * h
@@ -50,6 +51,7 @@ class VocosBackbone(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, width)."""
         h = self.norm(self.embed(x.transpose(1, 2)).transpose(1, 2))  # (B, T, width)
         for block in self.convnext:
             h = block(h)  # (B, T, width)
@@ -65,6 +67,7 @@ class ISTFTHead(Float32Module):
         self.istft = InverseSTFT(n_fft, hop_length)
 
     def forward(self, h: Tensor) -> Tensor:
+        """(B, T, width) → (B, T·hop) float32 samples."""
         with torch.autocast(h.device.type, enabled=False):
             log_magnitude, phase = self.out(h.float()).chunk(2, dim=-1)  # (B, T, n_fft/2 + 1) each
             # min(exp(x), 100), clipped before exp() so that an overflow cannot turn the gradient into 0 · inf.
@@ -81,6 +84,7 @@ class VocosDecoder(nn.Module):
         self.head = ISTFTHead(config.decoder_embed_dim, config.istft_n_fft, config.istft_hop)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) → (B, 320·T) float32 samples."""
         return self.head(self.backbone(x))  # (B, 320·T)
 
     @property

@@ -24,7 +24,7 @@ class MaskError(DashengTokenizerError, ValueError):
 
 
 class LatentError(DashengTokenizerError, ValueError):
-    """Latents that cannot be decoded: wrong rank, wrong width, NaN or infinite, or too short for the samples asked for."""
+    """Latents that cannot be decoded: wrong rank or width, NaN or infinite, or too short for the samples asked for."""
 
 
 class TokenFileError(DashengTokenizerError, OSError):

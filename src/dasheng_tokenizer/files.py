@@ -98,9 +98,9 @@ def atomic_path(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
         OutputError: the file exists and `overwrite` is false, or it cannot be written (no permission, full disk, …).
     """
     target = Path(path)
-    if target.is_dir():
+    if os.path.isdir(target):  # unlike pathlib's, it does not raise for impossible names
         raise OutputError(f"cannot write {target}: a folder of that name is in the way; choose another name")
-    if not overwrite and target.exists():
+    if not overwrite and os.path.exists(target):
         raise OutputError(f"{target} exists; choose another name or allow overwriting")
     make_folder(target.parent)
     _remove_abandoned(target)

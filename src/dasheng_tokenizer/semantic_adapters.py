@@ -1,12 +1,12 @@
 """Other people's frozen encoders, from transformers, as semantic encoders at 25 Hz.
 
-Each takes frames of 20 ms and averages neighbours to tokens of 40 ms. Their windows are independent, so long audio needs
-constant memory. Keys of `config.semantic_encoder`:
+Each takes frames of 20 ms and averages neighbours to tokens of 40 ms. Their windows are independent, so long audio
+needs constant memory. Keys of `config.semantic_encoder`:
 
     kind            whisper, wavlm, hubert or wav2vec2
     config          the transformers configuration of the encoder, as a dict
     window_seconds  tokens that see each other; 30 s by default, Whisper's own limit
-    silence_seconds Whisper only: silence that follows the clip in its window, as far as the window has room; 2 s by default
+    silence_seconds Whisper only: silence that follows the clip in its window, as far as that has room; 2 s by default
     normalize       wave encoders only: zero mean and unit variance per window, as their feature extractors do
                     (`do_normalize` in the published preprocessor_config.json); true by default
 """
@@ -61,7 +61,7 @@ class WhisperSemanticEncoder(SemanticEncoder):
         self.encoder = WhisperEncoder(config)
 
     def log_mel(self, context_audio: Tensor, num_tokens: Tensor) -> Tensor:
-        """Whisper's input features with the dynamic range of 8 decades taken per clip: (B, bands, 4·N); zero past the end."""
+        """Whisper's input features, 8 decades below the loudest of each clip: (B, bands, 4·N); zero past the end."""
         length = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN
         log = self.front_end(context_audio, FRAMES_PER_TOKEN * length).clamp(min=1e-10).log10()  # (B, bands, 4N)
         past = ~token_mask(FRAMES_PER_TOKEN * num_tokens, log.shape[-1])[:, None]  # (B, 1, 4N)
@@ -69,6 +69,7 @@ class WhisperSemanticEncoder(SemanticEncoder):
         return ((torch.maximum(log, loudest - 8.0) + 4.0) / 4.0).masked_fill(past, 0.0)
 
     def encode_window(self, context_audio: Tensor, num_tokens: Tensor, level: Tensor | None) -> Tensor:
+        """See `SemanticEncoder.encode_window`."""
         length = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN
         silence = min(self.silence_tokens, self.window_tokens - length)
         extended = F.pad(context_audio, (0, silence * SAMPLES_PER_TOKEN))
@@ -114,7 +115,8 @@ class WaveSemanticEncoder(SemanticEncoder):
             field, stride = field + (kernel - 1) * stride, stride * step
         if stride * FRAMES_AVERAGED != SAMPLES_PER_TOKEN or field - stride > 2 * CONTEXT:
             raise ConfigurationError(
-                f"the encoder's convolutions stride by {stride} samples; {SAMPLES_PER_TOKEN // FRAMES_AVERAGED} are needed"
+                f"the encoder's convolutions stride by {stride} samples; "
+                f"{SAMPLES_PER_TOKEN // FRAMES_AVERAGED} are needed"
             )
         self.extra = field - stride  # samples beyond the strides that give exactly two frames a token
         self.output_dim = config.hidden_size
@@ -123,6 +125,7 @@ class WaveSemanticEncoder(SemanticEncoder):
         self.encoder = model_class(config)
 
     def encode_window(self, context_audio: Tensor, num_tokens: Tensor, level: Tensor | None) -> Tensor:
+        """See `SemanticEncoder.encode_window`."""
         length = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN
         dtype = next(self.encoder.parameters()).dtype
         tokens = context_audio.new_zeros(len(num_tokens), length, self.output_dim, dtype=dtype)

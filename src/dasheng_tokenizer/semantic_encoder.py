@@ -47,7 +47,7 @@ class SemanticEncoder(nn.Module):
         return context_audio.new_zeros(context_audio.shape[0])
 
     def encode_window(self, context_audio: Tensor, num_tokens: Tensor, level: Tensor | None) -> Tensor:
-        """One window: (B, CONTEXT + 640·N + CONTEXT) samples → (B, N, D); rows of `num_tokens` (B,) say how many are real.
+        """One window: (B, CONTEXT + 640·N + CONTEXT) samples → (B, N, D); `num_tokens` (B,) of them are real.
 
         Samples past the real tokens are zero. What is returned past them is arbitrary.
         """
@@ -98,6 +98,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, N, dim) → (B, N, dim); `mask` (B, 1, 1, N) is true for keys that may be seen."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, head_dim) each
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, head_dim)
@@ -113,6 +114,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, dim) → (B, N, dim)."""
         return self.fc2(F.gelu(self.fc1(x)))  # (B, N, dim)
 
 
@@ -127,6 +129,7 @@ class TransformerBlock(nn.Module):
         self.mlp = MLP(dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, N, dim) → (B, N, dim)."""
         x = x + self.attn(self.norm1(x), mask)  # (B, N, dim)
         return x + self.mlp(self.norm2(x))  # (B, N, dim)
 
@@ -179,6 +182,7 @@ class DashengEncoder(SemanticEncoder):
         return mel.amax(1).masked_fill(~mask, 0.0).amax(1)
 
     def encode_window(self, context_audio: Tensor, num_tokens: Tensor, level: Tensor | None) -> Tensor:
+        """See `SemanticEncoder.encode_window`; without a `level`, that of this window."""
         length = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN
         if level is None:
             level = self.level(context_audio, FRAMES_PER_TOKEN * num_tokens)

@@ -3,8 +3,8 @@
 Log-spectra span 120 dB and phases wrap at 2π; both are beyond half precision. Every module here keeps its tensors in
 float32 when the model is cast (`model.half()`, `from_pretrained(dtype=…)`) and switches autocast off.
 
-Context audio. Front ends never pad. They take audio with `CONTEXT` samples on each side of the frames asked for, so that
-a block cut from a long file gives the very frames of the whole file. `with_context` makes it for a whole clip.
+Context audio. Front ends never pad. They take audio with `CONTEXT` samples on each side of the frames asked for, so
+that a block cut from a long file gives the very frames of the whole file. `with_context` makes it for a whole clip.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class MelSpectrogram(nn.Module):
 def with_context(audio: Tensor, num_tokens: int) -> Tensor:
     """Whole clips with the context that front ends need: mirrored before the first sample, zeros after the last.
 
-    The mirror repeats the published centred STFT on the left. On the right the signal goes on as silence, so that a clip
-    gives the same frames alone and padded in a batch. A clip too short to mirror is first extended by zeros.
+    The mirror repeats the published centred STFT on the left. On the right the signal goes on as silence, so that a
+    clip gives the same frames alone and padded in a batch. A clip too short to mirror is first extended by zeros.
 
     Args:
         audio: (B, S) samples; S may be shorter or longer than 640·num_tokens.
@@ -136,10 +136,10 @@ def with_reflected_context(audio: Tensor, num_tokens: int) -> Tensor:
 class InverseSTFT(Float32Module):
     """Inverse STFT as one real matrix product and an overlap-add.
 
-    A real inverse FFT of N points is linear in the real and imaginary parts of its N/2 + 1 bins, so it is a product with
-    a cosine and a sine basis. This needs no complex type and no FFT of an odd size, so it exports to ONNX with dynamic
-    length and runs on every device. It equals the complex form to float32 rounding. On a CPU, where the product would be a
-    sixth of a small decoder's arithmetic, the FFT does the same (`use_fft`).
+    A real inverse FFT of N points is linear in the real and imaginary parts of its N/2 + 1 bins, so it is a product
+    with a cosine and a sine basis. This needs no complex type and no FFT of an odd size, so it exports to ONNX with
+    dynamic length and runs on every device. It equals the complex form to float32 rounding. On a CPU, where the product
+    would be a sixth of a small decoder's arithmetic, the FFT does the same (`use_fft`).
 
     "Same" padding as in Vocos: (n_fft - hop)/2 samples are trimmed at each end, so T frames give T·hop samples.
     """
@@ -192,7 +192,9 @@ class InverseSTFT(Float32Module):
         """Inverse real DFT of every frame: (B, T, n_fft/2 + 1) twice → (B, T, n_fft)."""
         use_fft = self.use_fft
         if use_fft is None:
-            use_fft = real.device.type == "cpu" and not torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export()
+            use_fft = (
+                real.device.type == "cpu" and not torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export()
+            )
         if use_fft:
             return torch.fft.irfft(torch.complex(real, imaginary), n=self.n_fft)
         return torch.cat([real, imaginary], dim=-1) @ self.basis

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,10 @@ class AudioTokens:
         with atomic_path(path, overwrite) as temporary:
             try:
                 save_file({"latents": self.latents.detach().cpu().contiguous()}, temporary, metadata)
-            except SafetensorError as error:  # it hides the number of the system's error in its text
+            except SafetensorError as error:
+                number = re.search(r"os error (\d+)", str(error))  # how its text ends where the system refused
+                if number:
+                    raise OSError(int(number[1]), str(error)) from error  # atomic_path names it
                 raise OutputError(f"cannot write {path}: {error}; check free space and permissions") from error
 
     @classmethod
@@ -223,9 +227,9 @@ def _read_header(path: Path) -> tuple[dict[str, str], tuple[int, ...], str]:
     """Return metadata, shape and stored number type of `latents`."""
     from safetensors import SafetensorError, safe_open
 
-    if path.is_dir():
+    if os.path.isdir(path):
         raise TokenFileError(f"{path} is a folder; give a {SUFFIX} file")
-    if not path.exists():
+    if not os.path.exists(path):
         raise TokenFileError(f"{path} does not exist; check the path")
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,7 +1,7 @@
 """The tokenizer: frozen semantic encoder + one linear acoustic layer → unified embedding → Vocos decoder.
 
-    audio (B,S) ─┬─ semantic encoder (frozen) ───────────► semantic (B,T,D) ─┐
-                 └─ log-mel ─ one linear layer ─ norm ───► acoustic (B,T,D) ─+─► unified (B,T,D) ─► decoder ─► audio
+audio (B,S) ─┬─ semantic encoder (frozen) ───────────► semantic (B,T,D) ─┐
+             └─ log-mel ─ one linear layer ─ norm ───► acoustic (B,T,D) ─+─► unified (B,T,D) ─► decoder ─► audio
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from dasheng_tokenizer.checkpoints import load_strictly
 from dasheng_tokenizer.configuration import DashengTokenizerConfig
@@ -23,7 +23,6 @@ from dasheng_tokenizer.decoder import VocosDecoder
 from dasheng_tokenizer.errors import AudioError, LatentError, MaskError
 from dasheng_tokenizer.semantic_encoder import (
     FRAMES_PER_TOKEN,
-    DashengEncoder,
     build_semantic_encoder,
     linear_patches,
     token_mask,
@@ -69,6 +68,7 @@ class AcousticFrontEnd(nn.Module):
         self.mel_spec = MelSpectrogram(n_fft=1024, n_mels=n_mels, power=1.0)
 
     def forward(self, context_audio: Tensor, num_frames: int) -> Tensor:
+        """Context audio (see `spectral`) → (B, n_mels, num_frames)."""
         return self.mel_spec(context_audio, num_frames).clamp(min=1e-7).log()  # (B, n_mels, num_frames)
 
 
@@ -122,7 +122,9 @@ class DashengTokenizerModel(PreTrainedModel):
         self.train(self.training)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]  # one positional argument, which may be left out
+        cls, pretrained_model_name_or_path: Any = None, **kwargs: Any
+    ) -> Any:
         """The embedded default (no argument), a folder, or a hub name; keywords as in transformers.
 
         Raises:
@@ -278,8 +280,8 @@ class DashengTokenizerModel(PreTrainedModel):
         shortest = int(samples.min())
         if shortest <= CONTEXT:
             raise AudioError(
-                f'a clip of {shortest} samples is too short for length_mode="published", which mirrors {CONTEXT} samples '
-                'at each end; use length_mode="exact"'
+                f'a clip of {shortest} samples is too short for length_mode="published", which mirrors {CONTEXT} '
+                'samples at each end; use length_mode="exact"'
             )
         parts = []
         for clip, count in zip(audio, samples.tolist(), strict=True):
@@ -311,8 +313,8 @@ class DashengTokenizerModel(PreTrainedModel):
     def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 3 or latents.shape[1] == 0 or latents.shape[2] != self.latent_dim:
             raise LatentError(
-                f"latents have shape {tuple(latents.shape)}; expected (batch, tokens ≥ 1, {self.latent_dim}), the latent "
-                "width of this model"
+                f"latents have shape {tuple(latents.shape)}; expected (batch, tokens ≥ 1, {self.latent_dim}), the "
+                "latent width of this model"
             )
         if not torch.compiler.is_compiling() and not bool(torch.isfinite(latents).all()):
             raise LatentError("latents hold NaN or infinity; check where they come from, the decoder would spread them")
@@ -328,18 +330,22 @@ def _check_audio(audio: Tensor, padding_mask: Tensor | None) -> Tensor:
     """Checks a batch and its mask; returns the number of real samples of each clip, (B,)."""
     if audio.ndim != 2 or audio.shape[0] == 0 or audio.shape[1] == 0:
         raise AudioError(
-            f"audio has shape {tuple(audio.shape)}; expected (batch, samples) with at least one sample. For one clip use "
-            "audio[None], for files of any rate and channels use model.compress"
+            f"audio has shape {tuple(audio.shape)}; expected (batch, samples) with at least one sample. For one clip "
+            "use audio[None], for files of any rate and channels use model.compress"
         )
     if not audio.is_floating_point():
-        raise AudioError(f"audio has type {audio.dtype}; expected floating point at full scale 1 (int16: divide by 32768)")
+        raise AudioError(
+            f"audio has type {audio.dtype}; expected floating point at full scale 1 (int16: divide by 32768)"
+        )
     samples = torch.full((len(audio),), audio.shape[1], device=audio.device)
     if torch.compiler.is_compiling():  # data-dependent checks cannot be traced
         return samples if padding_mask is None else padding_mask.sum(1)
     finite = torch.isfinite(audio)
     if not bool(finite.all()):
         item, sample = (~finite).nonzero()[0].tolist()
-        raise AudioError(f"audio holds NaN or infinity, first in clip {item} at sample {sample}; remove or repair that clip")
+        raise AudioError(
+            f"audio holds NaN or infinity, first in clip {item} at sample {sample}; remove or repair that clip"
+        )
     return samples if padding_mask is None else _check_mask(padding_mask, audio.shape)
 
 
@@ -356,5 +362,7 @@ def _check_mask(mask: Tensor, shape: torch.Size) -> Tensor:
             where = "on the left" if not bool(mask[item, 0]) else "in the middle"
             raise MaskError(f"padding_mask hides samples {where} of clip {item}; pad on the right only")
     if int(samples.min()) == 0:
-        raise MaskError(f"padding_mask hides every sample of clip {int(samples.argmin())}; leave such clips out of the batch")
+        raise MaskError(
+            f"padding_mask hides every sample of clip {int(samples.argmin())}; leave such clips out of the batch"
+        )
     return samples

@@ -1,0 +1,55 @@
+# All targets work in .venv. `make demo` and `make test` are all a fresh machine needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+CODE := src tests benchmarks docs/make_results.py
+
+.PHONY: install demo test lint bench results docs clean
+
+install: $(VENV)/.installed-dev
+
+# Two stamps: the demo needs no test tools, and a second call installs nothing again.
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) install --quiet -c constraints.txt -e ".[metrics,report]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-demo
+	$(PIP) install --quiet -c constraints.txt -e ".[all]"
+	touch $@
+
+# Reconstructs three real clips with the embedded default.
+demo: $(VENV)/.installed-demo
+	$(BIN)/dasheng-tokenizer reconstruct src/dasheng_tokenizer/embedded/clips -o demo-output --overwrite
+	@echo
+	@echo "Audio:    demo-output/*.reconstructed.wav   (originals: src/dasheng_tokenizer/embedded/clips/)"
+	@echo "Pictures: demo-output/*.reconstructed.png   (original, reconstruction, difference)"
+	@echo "Figures:  demo-output/metrics.csv and metrics.json"
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/speed.py --report docs/reports/speed.json
+	$(BIN)/python docs/make_results.py
+
+results: $(VENV)/.installed-dev
+	$(BIN)/python docs/make_results.py
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict --site-dir site
+
+clean:
+	rm -rf build dist site demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks docs -name __pycache__ -type d -exec rm -rf {} +
