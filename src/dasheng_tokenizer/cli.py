@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        warnings.filterwarnings("always", module="dasheng_tokenizer")
         try:
             return _run(arguments)
         except ConfigurationError as error:

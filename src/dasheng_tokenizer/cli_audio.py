@@ -26,7 +26,8 @@ from dasheng_tokenizer.cli_paths import (
     is_tokens,
     plan,
 )
-from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, DashengTokenizerError
+from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, DashengTokenizerError, MissingExtraError
+from dasheng_tokenizer.files import atomic_path, require_extra
 
 if TYPE_CHECKING:
     from dasheng_tokenizer.tokenizer import DashengTokenizerModel
@@ -167,12 +168,12 @@ def decode(arguments: argparse.Namespace) -> int:
 def reconstruct(arguments: argparse.Namespace) -> int:
     """Audio files → reconstructions with pictures and figures."""
     from dasheng_tokenizer.chunking import compress_file, decompress_to_file
-    from dasheng_tokenizer.files import atomic_path
     from dasheng_tokenizer.reconstruction_report import Report, draw, measure, read_start
 
     suffix = f"{RECONSTRUCTED}.{arguments.format}"
     work = _plan(arguments, is_audio, "audio files", suffix, WRITE_FORMATS)
     report = Report.open(_report_folder(arguments)) if work.jobs else None
+    pictures = _can_draw()
     model = load_model(arguments.model, arguments.device, arguments.dtype) if work.jobs else None
 
     def action(job: Job, progress: Progress) -> str:
@@ -192,7 +193,8 @@ def reconstruct(arguments: argparse.Namespace) -> int:
                 "channels": tokens.num_channels,
                 "tokens": tokens.num_tokens,
             } | measure(original, decoded)
-            draw(job.target.with_suffix(".png"), original, decoded, job.source.name)
+            if pictures:
+                draw(job.target.with_suffix(".png"), original, decoded, job.source.name)
             report.add(row)
         return ""
 
@@ -200,6 +202,15 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     if report is not None and report.rows:
         _say(f"\n{report.table()}\n\n{report.folder / 'metrics.json'}, {report.folder / 'metrics.csv'}")
     return code
+
+
+def _can_draw() -> bool:
+    try:
+        require_extra("matplotlib.figure", "report")
+    except MissingExtraError as error:
+        _say(f"warning: no pictures: {error}", sys.stderr)
+        return False
+    return True
 
 
 def _plan(

@@ -184,17 +184,11 @@ def picture(original: Array, decoded: Array, title: str) -> Figure:
 
 
 def draw(path: Path, original: Array, decoded: Array, title: str) -> None:
-    """Write the picture as PNG; without matplotlib nothing is written and a warning says what to install.
+    """Write the picture as PNG.
 
     Raises:
-        OutputError: it cannot be written.
+        MissingExtraError: matplotlib is not installed; OutputError: the file cannot be written.
     """
-    try:
-        figure = picture(original, decoded, title)
-    except MissingExtraError as error:
-        import warnings
-
-        warnings.warn(f"no picture: {error}", stacklevel=2)
-        return
+    figure = picture(original, decoded, title)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
