@@ -167,12 +167,13 @@ class MultiResolutionSTFTLoss(nn.Module):
     does not depend on how a batch is split over devices.
     """
 
-    def __init__(self, windows: Sequence[int] = STFT_WINDOWS, floor: float = 1e-5) -> None:
+    def __init__(self, windows: Sequence[int] = STFT_WINDOWS, floor: float = 1e-3) -> None:
         """Choose the resolutions.
 
         Args:
             windows: window lengths in samples, multiples of 4; hop is a quarter.
-            floor: smallest magnitude; anything below counts as silence.
+            floor: smallest magnitude; anything below counts as silence. Rounding noise of 16-bit audio lies near 2e-4
+                a bin; with a floor below it, gradients (1/magnitude) have heavy tails that say nothing about sound.
 
         Raises:
             ConfigurationError: no windows, or a window that is no multiple of 4.
