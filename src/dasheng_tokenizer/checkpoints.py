@@ -43,13 +43,20 @@ def embedded_default() -> Path:
 
 
 def load_strictly(load: Callable[..., Any], name: str | Path | None, kwargs: dict[str, Any]) -> Any:
-    """Runs transformers' `from_pretrained` and turns each of its silent or cryptic failures into a CheckpointError."""
+    """Runs transformers' `from_pretrained`; each of its silent or cryptic failures becomes a CheckpointError."""
     source = str(embedded_default() if name is None else name)
+    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise CheckpointError(
+            f"{source}: no such folder, and not a hub name of the form OWNER/NAME such as {PUBLISHED}; leave it out for "
+            "the embedded default"
+        )
     wants_info = kwargs.pop("output_loading_info", False)
     # Left to itself, transformers names misshapen weights only in a log; they are named in the error below instead.
     strict = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    # float32 even where the file is float16: half precision is an option for speed, never a surprise.
+    defaults = {"use_safetensors": True, "dtype": torch.float32}
     try:
-        model, info = load(source, **{"use_safetensors": True, **kwargs, **strict})
+        model, info = load(source, **{**defaults, **kwargs, **strict})
     except DashengTokenizerError:
         raise
     except (SafetensorError, json.JSONDecodeError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +25,7 @@ from dasheng_tokenizer.cli_paths import (
     is_tokens,
     plan,
 )
-from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, DashengTokenizerError, MissingExtraError
+from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError, MissingExtraError
 from dasheng_tokenizer.files import atomic_path, require_extra
 
 if TYPE_CHECKING:
@@ -53,11 +52,6 @@ def load_model(name: str | None, device: str | None, dtype: str | None) -> Dashe
 
     from dasheng_tokenizer.tokenizer import DashengTokenizerModel
 
-    if name is not None and not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise CheckpointError(  # before the hub is asked, which takes half a minute to give up without a network
-            f"{name}: there is no such folder, and it is no hub name of the form OWNER/NAME; give a folder that "
-            "save_pretrained wrote, a hub name, or nothing for the embedded default"
-        )
     logging.disable_progress_bar()  # loading takes less than a second per GB
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -89,8 +89,8 @@ class DashengTokenizerConfig(PreTrainedConfig):
         width = inner.get("d_model") or inner.get("hidden_size")
         if width is None:
             raise ConfigurationError(
-                f"semantic_encoder of kind {kind!r} needs 'config', the transformers configuration of the encoder, with "
-                "its width (d_model or hidden_size)"
+                f"semantic_encoder of kind {kind!r} needs 'config', the transformers configuration of the encoder, "
+                "with its width (d_model or hidden_size)"
             )
         if embed_dim is not None and embed_dim != width:
             raise ConfigurationError(
