@@ -1,0 +1,37 @@
+"""Writes the averaged weights of a checkpoint of a run, finished or not, as a `save_pretrained` folder.
+
+python recipes/export_checkpoint.py RECIPE CHECKPOINT OUT [key=value …]     (the key=value pairs of the run)
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from dasheng_tokenizer.training import build_model
+from dasheng_tokenizer.training.configuration import load_recipe
+
+PREFIX = "average.tokenizer."
+
+
+def main() -> None:
+    """Build the model of the recipe, put the averaged weights into it, save it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="such as runs/default/checkpoints/step-00002500")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    model = build_model(load_recipe(arguments.recipe, arguments.overrides))
+    tensors = load_file(arguments.checkpoint / "tensors.safetensors")
+    averaged = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
+    if set(averaged) != {name for name, _ in model.trainable_parameters()}:
+        raise SystemExit(f"{arguments.checkpoint} does not fit the recipe {arguments.recipe}")
+    model.load_state_dict(averaged, strict=False)
+    model.save_pretrained(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
