@@ -44,7 +44,7 @@ def read_report(path: Path, docs: Path) -> dict[str, Any]:
         docs: folder that the paths of pictures are relative to.
 
     Raises:
-        ReportError: no JSON, a key missing, unknown or of a wrong type, a row of wrong length, a picture that is absent.
+        ReportError: no JSON, a key missing, unknown or of a wrong type, a row of wrong length, an absent picture.
     """
     name = path.name
     try:

@@ -59,7 +59,7 @@ class OptimizerConfig:
 class LossWeights:
     """Weights of the terms of the generator's loss; a weight of 0 leaves the term uncomputed.
 
-    The defaults are those a later paper gives for this architecture (DESIGN.md §7); the STFT term is ours and off by
+    The defaults are those a later paper gives for this architecture; the STFT term is ours and off by
     default.
     """
 

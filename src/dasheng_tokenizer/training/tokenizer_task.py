@@ -1,4 +1,4 @@
-"""Training of the tokenizer: what one step does, in the order of the paper's objective (DESIGN.md §7).
+"""Training of the tokenizer: what one step does, in the order of the paper's objective.
 
 A step decodes the unified embedding of a batch of crops, lets the discriminators learn to tell it from the original
 (once the GAN has started), and then moves the acoustic layer, the upsampler and the decoder. The semantic encoder
