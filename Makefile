@@ -4,20 +4,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-CODE := src tests benchmarks docs/make_results.py
+CODE := src tests benchmarks recipes docs/make_results.py
 
 .PHONY: install demo test lint bench results docs clean
 
 install: $(VENV)/.installed-dev
 
-# Two stamps: the demo needs no test tools, and a second call installs nothing again.
+# Two stamps: the demo needs no test tools, and a second call installs nothing again. Python compiles the few modules that
+# the demo imports; compiling all of them ahead takes most of the installation's time.
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
 	touch $@
 
 $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
-	$(PIP) install --quiet -c constraints.txt -e ".[metrics,report]"
+	$(PIP) install --quiet --no-compile -c constraints.txt -e ".[metrics,report]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-demo
