@@ -130,7 +130,11 @@ def main() -> None:
         Table("By domain, mean over clips ± 95 % interval", columns, summary(rows, "domain")),
         Table("Speech by subset", columns, summary(speech, "subset")),
     ]
-    notes = ["Mel distance: 7 scales, lower is better. The test split was in no training; most voices were."]
+    notes = [
+        "Mel distance: 7 scales, lower is better. The test split was in no training; most voices were.",
+        "SI-SDR compares waveforms sample by sample. A decoder trained on spectra makes its own phases, so its SI-SDR "
+        "is negative however it sounds.",
+    ]
     if arguments.baseline:
         equal = evaluate(arguments.at_equal_length or arguments.model, arguments.data, arguments.workers)
         baseline = evaluate(arguments.baseline, arguments.data, arguments.workers)

@@ -56,5 +56,3 @@ def test_perceptual_metrics_of_equal_clips() -> None:
         metrics.pesq_wb(speech_like, speech_like, 8000)
     pytest.importorskip("pystoi")
     assert metrics.stoi(speech_like, speech_like) == pytest.approx(1.0, abs=1e-6)
-
-

@@ -223,8 +223,7 @@ def test_before_the_gan_starts_discriminators_stand_still(tmp_path: Path) -> Non
     for step in range(4):
         result = task.training_step(MemoryData().batch(step), step)
         moved = any(
-            not torch.equal(a, b)
-            for a, b in zip(before, task.modules["discriminators"].parameters(), strict=True)
+            not torch.equal(a, b) for a, b in zip(before, task.modules["discriminators"].parameters(), strict=True)
         )
         assert ("discriminator" in result.losses) == ("adversarial" in result.losses) == moved == (step == 3)
 
@@ -420,9 +419,7 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path, corpus: list[s
     one = train(recipe, [*changes, f"output={tmp_path / 'one'}"])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     two = tmp_path / "two"
-    subprocess.run(
-        [*launcher, *command(recipe, [*changes, f"output={two}"])], env=environment(), check=True
-    )
+    subprocess.run([*launcher, *command(recipe, [*changes, f"output={two}"])], env=environment(), check=True)
     curves = [read_log(folder / "log.jsonl", "train") for folder in (one, two)]
     assert [record["step"] for record in curves[1]] == list(range(1, 9))
     for a, b in zip(*curves, strict=True):

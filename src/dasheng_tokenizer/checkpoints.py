@@ -47,8 +47,8 @@ def load_strictly(load: Callable[..., Any], name: str | Path | None, kwargs: dic
     source = str(embedded_default() if name is None else name)
     if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise CheckpointError(
-            f"{source}: no such folder, and not a hub name of the form OWNER/NAME such as {PUBLISHED}; leave it out for "
-            "the embedded default"
+            f"{source}: no such folder, and not a hub name of the form OWNER/NAME such as {PUBLISHED}; leave it out "
+            "for the embedded default"
         )
     wants_info = kwargs.pop("output_loading_info", False)
     # Left to itself, transformers names misshapen weights only in a log; they are named in the error below instead.

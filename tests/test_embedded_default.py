@@ -1,0 +1,103 @@
+"""The model that ships inside the package, on the bundled clips."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dasheng_tokenizer import AudioTokens, DashengTokenizerModel, load_audio
+from dasheng_tokenizer.checkpoints import embedded_default
+from dasheng_tokenizer.evaluation.metrics import mel_distance, stoi
+
+CLIPS = embedded_default().parent / "clips"
+
+
+@pytest.fixture(scope="module")
+def model() -> DashengTokenizerModel:
+    return DashengTokenizerModel.from_pretrained().eval()
+
+
+@pytest.fixture(scope="module")
+def clips() -> dict[str, torch.Tensor]:
+    return {path.stem: torch.from_numpy(load_audio(path)[0][0]) for path in sorted(CLIPS.glob("*.flac"))}
+
+
+def test_it_is_small_documented_and_float16_on_disk() -> None:
+    folder = embedded_default()
+    files = list(folder.iterdir())
+    assert sum(path.stat().st_size for path in files) < 50 * 2**20
+    assert all(path.stat().st_size <= 30 * 2**20 for path in files)
+    card = (folder / "README.md").read_text()
+    assert "{{" not in card
+    assert "MIT" in card and "Apache-2.0" in card
+    provenance = json.loads((folder / "config.json").read_text())["provenance"]
+    assert provenance["audio_hours_seen"] > 0 and provenance["hardware"]
+    stored = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as weights:
+            stored |= {
+                weights.get_slice(key).get_dtype() for key in weights.keys() if ".blocks" in key or "layers" in key
+            }
+    assert stored == {"F16"}
+
+
+def test_loaded_as_float32_for_inference(model: DashengTokenizerModel) -> None:
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+    assert (model.latent_dim, model.frame_rate) == (384, 25.0)
+
+
+@torch.inference_mode()
+def test_batch_invariance_on_real_audio(model: DashengTokenizerModel, clips: dict[str, torch.Tensor]) -> None:
+    audio = [*clips.values(), clips["music"][:700] * 0.01, clips["sound"][:20_001]]
+    batch = torch.nn.utils.rnn.pad_sequence(audio, batch_first=True)
+    lengths = torch.tensor([len(clip) for clip in audio])
+    together = model(batch, torch.arange(batch.shape[1]) < lengths[:, None])
+    for item, clip in enumerate(audio):
+        alone = model(clip[None])
+        tokens = alone.unified.shape[1]
+        torch.testing.assert_close(together.unified[item, :tokens], alone.unified[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(together.audio[item, : len(clip)], alone.audio[0], rtol=0, atol=1e-5)
+
+
+def test_reconstruction_resembles_the_original(model: DashengTokenizerModel, clips: dict[str, torch.Tensor]) -> None:
+    """Far from what noise or another clip would give; the real figures are in docs/results.md."""
+    decoded = {name: model.decompress(model.compress(clip.numpy(), 16_000))[0].numpy() for name, clip in clips.items()}
+    assert stoi(clips["speech"].numpy(), decoded["speech"]) > 0.8
+    for name, clip in clips.items():
+        own = mel_distance(clip.numpy(), decoded[name])
+        assert own < 0.35
+        for other in decoded.keys() - {name}:
+            length = min(len(clip), len(decoded[other]))
+            assert own < 0.7 * mel_distance(clip.numpy()[:length], decoded[other][:length])
+
+
+@torch.inference_mode()
+def test_silence_decodes_to_silence(model: DashengTokenizerModel) -> None:
+    for samples in (1, 700, 80_000):
+        assert model(torch.zeros(1, samples)).audio.abs().max() < 1e-3  # -60 dBFS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_token_files_of_every_type(
+    dtype: torch.dtype, model: DashengTokenizerModel, clips: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    clip = clips["speech"].numpy()[:48_000]
+    exact = model.decompress(model.compress(clip, 16_000))[0]
+    model.compress(clip, 16_000).to(dtype).save(tmp_path / "x.tokens.safetensors")
+    loaded = model.decompress(AudioTokens.load(tmp_path / "x.tokens.safetensors"))[0]
+    assert loaded.shape == exact.shape
+    assert mel_distance(exact.numpy(), loaded.numpy()) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_half_precision(dtype: torch.dtype, model: DashengTokenizerModel, clips: dict[str, torch.Tensor]) -> None:
+    half = DashengTokenizerModel.from_pretrained(dtype=dtype).eval()
+    clip = clips["speech"][None, :48_000]
+    expected, found = model(clip), half(clip)
+    assert (found.unified.float() - expected.unified).norm() / expected.unified.norm() < 0.05
+    assert mel_distance(expected.audio[0].numpy(), found.audio[0].numpy()) < 0.1
