@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dasheng_tokenizer import AudioTokens, DashengTokenizerModel
+from dasheng_tokenizer import DashengTokenizerModel
 from dasheng_tokenizer.audio import AudioWriter
-from dasheng_tokenizer.chunking import compress_file, decompress_to_file
+from dasheng_tokenizer.chunking import decode_file, encode_file
+from dasheng_tokenizer.token_stream import TokenReader
 from report import Report, Table
 
 RATE = 16_000
@@ -84,9 +85,9 @@ def act(action: str, folder: Path, model_name: str | None) -> None:
     model = DashengTokenizerModel.from_pretrained(model_name).eval()
     tokens = folder / "tokens.safetensors"
     if action == "encode":
-        compress_file(model, folder / "audio.flac").save(tokens)
+        encode_file(model, folder / "audio.flac", tokens)
     elif action == "decode":
-        decompress_to_file(model, AudioTokens.load(tokens), folder / "decoded.flac")
+        decode_file(model, TokenReader(tokens), folder / "decoded.flac")
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(kibibytes / 1024)
 

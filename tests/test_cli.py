@@ -292,14 +292,14 @@ def test_a_fault_of_the_program_does_not_stop_the_other_files(
 ) -> None:
     from dasheng_tokenizer import chunking
 
-    compress = chunking.compress_file
+    encode_file = chunking.encode_file
 
-    def broken(model: object, path: Path, progress: object = None) -> AudioTokens:
+    def broken(model: object, path: Path, *others: object) -> object:
         if path.name == "one.wav":
             raise MemoryError("too much")
-        return compress(model, path, progress)  # type: ignore[arg-type]
+        return encode_file(model, path, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(chunking, "compress_file", broken)
+    monkeypatch.setattr(chunking, "encode_file", broken)
     assert main(["encode", str(folder), "-o", str(tmp_path / "out"), "--model", model]) == 1
     captured = capsys.readouterr()
     assert "Traceback" in captured.err and "one.wav: MemoryError: too much" in captured.err

@@ -32,6 +32,7 @@ from dasheng_tokenizer.errors import ConfigurationError, ModelMismatchError
 from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN
 from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, SAMPLING_RATE
 from dasheng_tokenizer.token_file import AudioTokens
+from dasheng_tokenizer.token_stream import StoredLatents, TokenReader, token_writer
 
 if TYPE_CHECKING:
     from dasheng_tokenizer.tokenizer import DashengTokenizerModel
@@ -113,15 +114,18 @@ def encode_blocks(
 
 
 @torch.inference_mode()
-def decode_blocks(model: DashengTokenizerModel, latents: Tensor, block_tokens: int = BLOCK_TOKENS) -> Iterator[Array]:
+def decode_blocks(
+    model: DashengTokenizerModel, latents: Tensor | StoredLatents, block_tokens: int = BLOCK_TOKENS
+) -> Iterator[Array]:
     """(channels, T, D) latents → (channels, 640·N) pieces at 16 kHz."""
-    model._check_latents(latents)
     context = -(-model.decoder.context_frames // model.config.upsample_tokens)
     total = latents.shape[1]
     for start in range(0, total, block_tokens):
         end = min(start + block_tokens, total)
         first, last = max(0, start - context), min(total, end + context)
-        audio = model._decode(latents[:, first:last].to(model.device))
+        piece = latents[:, first:last]
+        model._check_latents(piece)
+        audio = model._decode(piece.to(model.device))
         yield audio[:, (start - first) * SAMPLES_PER_TOKEN : (end - first) * SAMPLES_PER_TOKEN].float().cpu().numpy()
 
 
@@ -142,36 +146,39 @@ def _at_16k(blocks: Iterable[Array], rate: int, channels: int) -> Iterator[Array
         yield resampler.process(previous, last=True)
 
 
-def _compress_blocks(
+def _latent_blocks(
     model: DashengTokenizerModel,
     blocks: Callable[[], Iterable[Array]],
     shape: tuple[int, int],
     rate: int,
     progress: Progress | None,
-) -> AudioTokens:
+) -> Iterator[Tensor]:
+    """Latents (channels, N, D) of pieces at any rate that sum up to `shape`, (channels, samples)."""
     channels, samples = shape
     num_samples = resampled_length(samples, rate, SAMPLING_RATE)
     seconds = samples / rate
-    parts: list[Tensor] = []
     done = 0.0
     for part in encode_blocks(model, lambda: _at_16k(blocks(), rate, channels), num_samples):
-        parts.append(part)
+        yield part
         done += part.shape[1] / model.frame_rate
         if progress is not None:
             progress(min(done, seconds), seconds)
-    return AudioTokens(
-        latents=torch.cat(parts, dim=1).clone(),
-        sampling_rate=rate,
-        num_samples=samples,
-        num_channels=channels,
-        frame_rate=model.frame_rate,
-        model_name=model_name(model),
-        weights_hash=model.weights_hash(),
-    )
+
+
+def _fields(model: DashengTokenizerModel, shape: tuple[int, int], rate: int) -> dict[str, Any]:
+    """The fields of `AudioTokens` besides the latents."""
+    return {
+        "sampling_rate": rate,
+        "num_samples": shape[1],
+        "num_channels": shape[0],
+        "frame_rate": model.frame_rate,
+        "model_name": model_name(model),
+        "weights_hash": model.weights_hash(),
+    }
 
 
 def _decompress_blocks(
-    model: DashengTokenizerModel, tokens: AudioTokens, force: bool, progress: Progress | None
+    model: DashengTokenizerModel, tokens: AudioTokens | TokenReader, force: bool, progress: Progress | None
 ) -> Iterator[Array]:
     """Pieces at the original rate that sum up to the original length."""
     check_model(model, tokens, force)
@@ -201,7 +208,7 @@ def model_name(model: DashengTokenizerModel) -> str:
     return Path(path).name if Path(path).is_dir() else path
 
 
-def check_model(model: DashengTokenizerModel, tokens: AudioTokens, force: bool = False) -> None:
+def check_model(model: DashengTokenizerModel, tokens: AudioTokens | TokenReader, force: bool = False) -> None:
     """Refuses tokens of other weights.
 
     Raises:
@@ -224,7 +231,8 @@ def compress(model: DashengTokenizerModel, audio: npt.ArrayLike | Tensor, sampli
     array = to_audio_array(audio)
     rate = check_rate(sampling_rate)
     shape = (array.shape[0], array.shape[1])
-    return _compress_blocks(model, lambda: [array], shape, rate, None)
+    latents = torch.cat(list(_latent_blocks(model, lambda: [array], shape, rate, None)), dim=1)
+    return AudioTokens(latents=latents.clone(), **_fields(model, shape, rate))  # clone: out of inference mode
 
 
 def decompress(model: DashengTokenizerModel, tokens: AudioTokens, force: bool = False) -> Tensor:
@@ -232,32 +240,59 @@ def decompress(model: DashengTokenizerModel, tokens: AudioTokens, force: bool = 
     return torch.from_numpy(np.concatenate(list(_decompress_blocks(model, tokens, force, None)), axis=1))
 
 
-def compress_file(model: DashengTokenizerModel, path: str | Path, progress: Progress | None = None) -> AudioTokens:
-    """A file of any length → tokens, at a memory that holds the tokens and one window of audio.
+def encode_file(
+    model: DashengTokenizerModel,
+    source: str | Path,
+    target: str | Path,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> TokenReader:
+    """An audio file of any length → a token file that appears whole or not at all, at constant memory.
+
+    Args:
+        model: the tokenizer.
+        source: anything soundfile reads, any rate and channels.
+        target: token file; one that exists is replaced.
+        dtype: stored number type; None is the model's.
+        progress: called with seconds done and seconds in all.
 
     Raises:
-        AudioFileError: missing, not audio, damaged or truncated; AudioError: NaN or infinity, or a rate out of range.
+        AudioFileError: missing, not audio, damaged or truncated; AudioError: NaN or infinity, or a rate out of range;
+        OutputError: the token file cannot be written.
     """
-    reader = AudioReader(path)
+    reader = AudioReader(source)
     rate = check_rate(reader.sampling_rate)
     shape = (reader.num_channels, reader.num_samples)
-    return _compress_blocks(model, reader.blocks, shape, rate, progress)
+    length = -(-resampled_length(reader.num_samples, rate, SAMPLING_RATE) // SAMPLES_PER_TOKEN)
+    size = (reader.num_channels, length, model.latent_dim)
+    with token_writer(target, size, dtype or model.dtype, **_fields(model, shape, rate)) as out:
+        for block in _latent_blocks(model, reader.blocks, shape, rate, progress):
+            out.write(block)
+    return TokenReader(target)
 
 
-def decompress_to_file(
+def decode_file(
     model: DashengTokenizerModel,
-    tokens: AudioTokens,
-    path: str | Path,
+    tokens: AudioTokens | TokenReader,
+    target: str | Path,
     progress: Progress | None = None,
     force: bool = False,
     **writer: Any,
 ) -> None:
-    """Tokens → an audio file that appears whole or not at all; `writer` goes to `AudioWriter`.
+    """Tokens → an audio file that appears whole or not at all; constant memory with a `TokenReader`.
+
+    Args:
+        model: the tokenizer that made the tokens.
+        tokens: in memory or on disk.
+        target: audio file; its suffix says the format.
+        progress: called with seconds done and seconds in all.
+        force: decode tokens of other weights too.
+        writer: more arguments of `AudioWriter`.
 
     Raises:
         ModelMismatchError: as `decompress`; OutputError: the file cannot be written.
     """
     check_model(model, tokens, force)
-    with AudioWriter(path, tokens.sampling_rate, tokens.num_channels, **writer) as out:
+    with AudioWriter(target, tokens.sampling_rate, tokens.num_channels, **writer) as out:
         for block in _decompress_blocks(model, tokens, force, progress):
             out.write(block)

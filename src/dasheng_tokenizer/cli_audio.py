@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
@@ -124,7 +125,7 @@ def encode(arguments: argparse.Namespace) -> int:
     """Audio files → token files."""
     import torch
 
-    from dasheng_tokenizer.chunking import compress_file
+    from dasheng_tokenizer.chunking import encode_file
 
     work = _plan(arguments, is_audio, "audio files", TOKEN_SUFFIX, TOKEN_SUFFIXES)
     model = load_model(arguments.model, arguments.device, arguments.dtype) if work.jobs else None
@@ -132,10 +133,7 @@ def encode(arguments: argparse.Namespace) -> int:
 
     def action(job: Job, progress: Progress) -> str:
         assert model is not None
-        tokens = compress_file(model, job.source, progress)
-        if stored is not None:
-            tokens = tokens.to(stored)
-        tokens.save(job.target)
+        tokens = encode_file(model, job.source, job.target, stored, progress)
         return f" ({tokens.duration:.2f} s, {tokens.num_channels} × {tokens.num_tokens} tokens)"
 
     return run_jobs(work, arguments.overwrite, action)
@@ -143,8 +141,8 @@ def encode(arguments: argparse.Namespace) -> int:
 
 def decode(arguments: argparse.Namespace) -> int:
     """Token files → audio files."""
-    from dasheng_tokenizer.chunking import decompress_to_file
-    from dasheng_tokenizer.token_file import AudioTokens
+    from dasheng_tokenizer.chunking import decode_file
+    from dasheng_tokenizer.token_stream import TokenReader
 
     suffix = f"{DECODED}.{arguments.format}"
     work = _plan(arguments, is_tokens, f"token files (*{TOKEN_SUFFIX})", suffix, WRITE_FORMATS)
@@ -152,8 +150,8 @@ def decode(arguments: argparse.Namespace) -> int:
 
     def action(job: Job, progress: Progress) -> str:
         assert model is not None
-        tokens = AudioTokens.load(job.source)
-        decompress_to_file(model, tokens, job.target, progress, arguments.force)
+        tokens = TokenReader(job.source)
+        decode_file(model, tokens, job.target, progress, arguments.force)
         return f" ({tokens.duration:.2f} s, {tokens.sampling_rate} Hz)"
 
     return run_jobs(work, arguments.overwrite, action)
@@ -161,7 +159,7 @@ def decode(arguments: argparse.Namespace) -> int:
 
 def reconstruct(arguments: argparse.Namespace) -> int:
     """Audio files → reconstructions with pictures and figures."""
-    from dasheng_tokenizer.chunking import compress_file, decompress_to_file
+    from dasheng_tokenizer.chunking import decode_file, encode_file
     from dasheng_tokenizer.reconstruction_report import Report, draw, measure, read_start
 
     suffix = f"{RECONSTRUCTED}.{arguments.format}"
@@ -172,10 +170,11 @@ def reconstruct(arguments: argparse.Namespace) -> int:
 
     def action(job: Job, progress: Progress) -> str:
         assert model is not None and report is not None
-        tokens = compress_file(model, job.source, lambda done, total: progress(done / 2, total))
         # The audio takes its name last: where it exists, picture and figures do too.
-        with atomic_path(job.target) as unfinished:
-            decompress_to_file(model, tokens, unfinished, lambda done, total: progress((done + total) / 2, total))
+        with TemporaryDirectory() as scratch, atomic_path(job.target) as unfinished:
+            kept = Path(scratch) / TOKEN_SUFFIX
+            tokens = encode_file(model, job.source, kept, None, lambda done, total: progress(done / 2, total))
+            decode_file(model, tokens, unfinished, lambda done, total: progress((done + total) / 2, total))
             original, decoded = read_start(job.source), read_start(unfinished)
             row = {
                 "file": str(job.source),

@@ -112,17 +112,15 @@ class AudioTokens:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        metadata = {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "sampling_rate": str(self.sampling_rate),
-            "num_samples": str(self.num_samples),
-            "num_channels": str(self.num_channels),
-            "frame_rate": repr(float(self.frame_rate)),
-            "model_name": self.model_name,
-            "weights_hash": self.weights_hash,
-        }
+        metadata = header_metadata(
+            self.dtype,
+            self.sampling_rate,
+            self.num_samples,
+            self.num_channels,
+            self.frame_rate,
+            self.model_name,
+            self.weights_hash,
+        )
         with atomic_path(path, overwrite) as temporary:
             try:
                 save_file({"latents": self.latents.detach().cpu().contiguous()}, temporary, metadata)
@@ -194,7 +192,7 @@ class AudioTokens:
             raise TokenFileError(f"{path} is damaged: its header has no {error}; encode the audio again") from error
         except ValueError as error:  # LatentError is one too
             raise TokenFileError(f"{path} is damaged: {error}; encode the audio again") from error
-        if _SAFETENSORS_DTYPES.get(stored) != header["dtype"]:
+        if STORED_DTYPES.get(DTYPES.get(header["dtype"])) != stored:  # type: ignore[arg-type]
             raise TokenFileError(
                 f"{path} is damaged: its header says {header['dtype']}, but the latents are {stored}; encode again"
             )
@@ -203,7 +201,31 @@ class AudioTokens:
         return header
 
 
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Names of the number types in a safetensors header."""
+
+
+def header_metadata(
+    dtype: torch.dtype,
+    sampling_rate: int,
+    num_samples: int,
+    num_channels: int,
+    frame_rate: float,
+    model_name: str,
+    weights_hash: str,
+) -> dict[str, str]:
+    """The metadata of a token file, as text; arguments as the fields of `AudioTokens`."""
+    return {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "dtype": str(dtype).removeprefix("torch."),
+        "sampling_rate": str(sampling_rate),
+        "num_samples": str(num_samples),
+        "num_channels": str(num_channels),
+        "frame_rate": repr(float(frame_rate)),
+        "model_name": model_name,
+        "weights_hash": weights_hash,
+    }
 
 
 def _check_header(
