@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--at-equal-length", help="the unified model after as many steps as the baseline")
     parser.add_argument("--log", type=Path, help="log.jsonl of the run, for the learning curve")
     parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--title", default="Reconstruction")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
 
@@ -136,7 +137,8 @@ def main() -> None:
         "is negative however it sounds.",
     ]
     if arguments.baseline:
-        equal = evaluate(arguments.at_equal_length or arguments.model, arguments.data, arguments.workers)
+        other = arguments.at_equal_length
+        equal = evaluate(other, arguments.data, arguments.workers) if other else rows
         baseline = evaluate(arguments.baseline, arguments.data, arguments.workers)
         names = ["", "unified", "semantic alone", "lower by"]
         caption = "7-scale mel distance of decoders trained equally long, same recipe and same step of its schedule"
@@ -146,13 +148,13 @@ def main() -> None:
     failed = Counter(reason for row in rows for reason in row["failed"])
     notes += [f"Without a figure, {count} clips: {reason}" for reason, count in failed.most_common()]
     Report(
-        title="Reconstruction",
+        title=arguments.title,
         command=shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
         data=" ".join(arguments.data),
         seed=0,
         tables=tables,
         notes=notes,
-        order=1,
+        order=1 if not arguments.baseline else 2,
     ).save(arguments.report)
 
 

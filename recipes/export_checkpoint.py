@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from dasheng_tokenizer.training import build_model
 from dasheng_tokenizer.training.configuration import load_recipe
+from dasheng_tokenizer.training.tokenizer_state import remove_injection
 
 PREFIX = "average.tokenizer."
 
@@ -24,7 +25,10 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
-    model = build_model(load_recipe(arguments.recipe, arguments.overrides))
+    config = load_recipe(arguments.recipe, arguments.overrides)
+    model = build_model(config)
+    if config.latent == "semantic":
+        remove_injection(model)
     tensors = load_file(arguments.checkpoint / "tensors.safetensors")
     averaged = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
     if set(averaged) != {name for name, _ in model.trainable_parameters()}:

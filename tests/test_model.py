@@ -180,6 +180,8 @@ def test_auto_classes_and_round_trip(tmp_path: Path) -> None:
     loaded = AutoModel.from_pretrained(tmp_path).eval()
     assert isinstance(loaded, DashengTokenizerModel)
     assert loaded.weights_hash() == model.weights_hash()
+    trained = {name for name, _ in loaded.trainable_parameters()}
+    assert trained == {name for name, _ in loaded.named_parameters() if not name.startswith("encoder.model.")}
     with torch.no_grad():
         assert torch.equal(loaded.encode(noise(1, 4_000)), model.encode(noise(1, 4_000)))
 

@@ -77,6 +77,8 @@ def load_strictly(load: Callable[..., Any], name: str | Path | None, kwargs: dic
                 f"{source}: {word.replace('_', ' ')}: {listed}. This is not a complete checkpoint of the architecture "
                 "in its config.json; export it again with save_pretrained"
             )
+    # Loading makes the parameters anew and forgets that these need no gradient.
+    model.semantic_encoder.requires_grad_(False)
     return (model, info) if wants_info else model
 
 

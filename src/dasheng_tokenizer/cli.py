@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 some inputs failed, each named with its reason, the rest d
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -74,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except DashengTokenizerError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except BrokenPipeError:  # whoever read our output, such as `head`, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         except KeyboardInterrupt:
             print("interrupted; no output is half-written, the same command goes on from here", file=sys.stderr)
             return 130

@@ -80,15 +80,19 @@ class TrainingState:
     discriminator_optimizer: torch.optim.Optimizer | None = None
 
 
+def remove_injection(model: DashengTokenizerModel) -> None:
+    """Make the acoustic embedding 0 for good, so that unified = semantic, in the saved model too."""
+    with torch.no_grad():
+        for parameter in model.encoder.norm.parameters():
+            parameter.zero_()
+    for module in (model.encoder.patch_embed, model.encoder.norm):
+        module.requires_grad_(False)
+
+
 def make_state(fabric: Fabric, config: TrainingConfig, model: DashengTokenizerModel) -> TrainingState:
     """Move a model to the devices of the run; build optimizers, moving average and discriminators."""
     if config.latent == "semantic":
-        # A scale and shift of 0 make the acoustic embedding 0: unified = semantic, in the saved model too.
-        with torch.no_grad():
-            for parameter in model.encoder.norm.parameters():
-                parameter.zero_()
-        for module in (model.encoder.patch_embed, model.encoder.norm):
-            module.requires_grad_(False)
+        remove_injection(model)
     model.train()
     generator = fabric.setup_module(Generator(model, config.latent))
     wrapped = fabric.setup_optimizers(make_adamw(model.named_parameters(), config.optimizer))
