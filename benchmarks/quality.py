@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="log.jsonl of the run, for the learning curve")
     parser.add_argument("--report", type=Path, required=True)
     parser.add_argument("--title", default="Reconstruction")
+    parser.add_argument("--note", action="append", default=[], help="what a reader of the figures must know")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
 
@@ -145,6 +146,7 @@ def main() -> None:
         tables.append(Table(caption, names, gain(equal, baseline)))
     if arguments.log:
         tables.append(learning_curve(arguments.log))
+    notes += arguments.note
     failed = Counter(reason for row in rows for reason in row["failed"])
     notes += [f"Without a figure, {count} clips: {reason}" for reason, count in failed.most_common()]
     Report(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,7 @@ class AudioTokens:
         Raises:
             LatentError: the type is not one of float32, float16, bfloat16, or the values do not fit into it.
         """
-        return AudioTokens(
-            self.latents.to(dtype),
-            self.sampling_rate,
-            self.num_samples,
-            self.num_channels,
-            self.frame_rate,
-            self.model_name,
-            self.weights_hash,
-        )
+        return replace(self, latents=self.latents.to(dtype))
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = True) -> None:
         """Write the file; it appears whole or not at all. By convention its name ends in `.tokens.safetensors`.
