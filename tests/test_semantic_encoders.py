@@ -267,3 +267,23 @@ def test_native_encoder_equals_the_package_of_its_authors(monkeypatch: pytest.Mo
     expected = peer(audio)
     found = ours(audio).semantic
     torch.testing.assert_close(found, expected[:, : found.shape[1]], rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("kind", ["dasheng", "whisper", "hubert"])
+def test_normalised_features(kind: str, tmp_path: Path) -> None:
+    plain, model = tiny(kind), tiny(kind, normalize_semantic=True)
+    mean, std = torch.linspace(-5, 5, 32), torch.linspace(0.3, 6, 32)
+    std[3] = 1e-7  # a dimension that says nothing is centred only
+    model.encoder.semantic_norm.set_statistics(mean, std)
+    audio = 0.1 * torch.randn(2, 9000, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(9000) < torch.tensor([[9000], [4000]])
+    raw, found = plain(audio, mask), model(audio, mask)
+    expected = (raw.semantic - mean) / torch.where(std > 1e-4, std, 1.0)
+    torch.testing.assert_close(found.semantic, expected * found.token_mask[..., None], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.acoustic, raw.acoustic, rtol=0, atol=0)
+    alone = model.encode(audio[1:, :4000])
+    torch.testing.assert_close(found.unified[1:, : alone.shape[1]], alone, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path).encode(audio), model.encode(audio), rtol=0, atol=0)
+    assert model.half().encoder.semantic_norm.mean.dtype == torch.float32
+    assert not any("semantic_norm" in key for key in plain.state_dict())

@@ -73,7 +73,7 @@ class StandIn:
         self.semantic_encoder: nn.Module = nn.Linear(640, 6)
         self.calls, self.fail_at = 0, fail_at
 
-    def encode_semantic(self, context_audio: Tensor) -> Tensor:
+    def encode_features(self, context_audio: Tensor) -> Tensor:
         if self.calls == self.fail_at:
             raise KeyboardInterrupt
         self.calls += 1
@@ -91,9 +91,9 @@ def config(tmp_path: Path) -> DataConfig:
 
 def equal(one: Batch, other: Batch) -> bool:
     same = torch.equal(one.audio, other.audio)
-    if one.semantic is None or other.semantic is None:
-        return same and one.semantic is other.semantic
-    return same and torch.equal(one.semantic, other.semantic)
+    if one.features is None or other.features is None:
+        return same and one.features is other.features
+    return same and torch.equal(one.features, other.features)
 
 
 # ---------------------------------------------------------------------------------------------------- reading clips
@@ -220,8 +220,8 @@ def test_batches_hold_the_audio_that_the_embedding_is_of(config: DataConfig) -> 
     for step in range(6):
         batch = crops.crops_for_step(step)
         assert batch.audio.shape == (4, 512 + 6400 + 512) and batch.target.shape == (4, 6400)
-        assert batch.audio.dtype == batch.semantic.dtype == torch.float32
-        torch.testing.assert_close(model.encode_semantic(batch.audio), batch.semantic, atol=2e-3, rtol=2e-3)
+        assert batch.audio.dtype == batch.features.dtype == torch.float32
+        torch.testing.assert_close(model.encode_semantic(batch.audio), batch.features, atol=2e-3, rtol=2e-3)
         seen.update(batch.audio[:, 600].tolist())
     assert len(seen) > 12  # starts and loudness vary
 
@@ -350,7 +350,7 @@ def test_two_ranks_together_equal_one(cache: SemanticCache, config: DataConfig) 
     two = [CachedCrops(cache, config, rank=rank, world_size=2) for rank in range(2)]
     for step in range(5):
         parts = [crops.crops_for_step(step) for crops in two]
-        joined = Batch(torch.cat([p.audio for p in parts]), torch.cat([p.semantic for p in parts]))
+        joined = Batch(torch.cat([p.audio for p in parts]), torch.cat([p.features for p in parts]))
         assert equal(joined, one.crops_for_step(step))
     with pytest.raises(ConfigurationError, match="multiple of the 3"):
         CachedCrops(cache, config, rank=0, world_size=3)
@@ -406,7 +406,7 @@ def test_no_clip_twice_in_an_epoch_over_two_ranks(tmp_path: Path, shards: int) -
 def test_streaming_resumes_at_any_step(tmp_path: Path) -> None:
     config = stream_config(tmp_path, 3)
     whole = list(StreamedCrops(config, seed=5).batches(0, 8))
-    assert all(batch.semantic is None for batch in whole)
+    assert all(batch.features is None for batch in whole)
     for start in (1, 3, 5):  # in the middle of an epoch, at its border, in the next
         assert items(list(StreamedCrops(config, seed=5).batches(start, 8 - start))) == items(whole[start:])
     epochs = [set(items(whole[:3])), set(items(whole[3:6]))]
@@ -468,9 +468,9 @@ def test_validation_passes_over_broken_clips(tmp_path: Path) -> None:
 
 def test_batch_moves_to_a_device() -> None:
     batch = Batch(torch.zeros(2, 1664), torch.zeros(2, 1, 3)).to("meta")
-    assert batch.audio.is_meta and batch.semantic is not None and batch.semantic.is_meta
+    assert batch.audio.is_meta and batch.features is not None and batch.features.is_meta
     assert batch.target.shape == (2, 640)
-    assert Batch(torch.zeros(2, 1664), None).to("meta").semantic is None
+    assert Batch(torch.zeros(2, 1664), None).to("meta").features is None
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from dasheng_tokenizer.training.configuration import (
     TrainingConfig,
 )
 from dasheng_tokenizer.training.data import Batch
+from dasheng_tokenizer.training.feature_statistics import set_feature_statistics
 from dasheng_tokenizer.training.loop import Progress, fit, make_fabric
 from dasheng_tokenizer.training.losses import MultiScaleMelLoss
 from dasheng_tokenizer.training.optimization import ExponentialMovingAverage, learning_rate
@@ -48,7 +49,7 @@ SIZES = {
 # Without the STFT loss: its logarithm makes the gradient hang on the last bits of near-silent bins, which would blur
 # the comparison of runs.
 RECIPE = f"""
-model: {json.dumps(SIZES)}
+model: {json.dumps({**SIZES, "normalize_semantic": True})}
 loss_weights: {{mel: 5, stft: 0, semantic: 0.1, adversarial: 1, feature_matching: 1}}
 gan_start_step: 4
 discriminator: {{multi_frequency_options: {{channels: 4}}, optimizer: {{lr: 1e-3, warmup_steps: 2}}}}
@@ -236,6 +237,38 @@ def test_baseline_decodes_the_semantic_embedding_alone(tmp_path: Path) -> None:
     assert torch.equal(out.unified, out.semantic)
     assert "semantic" not in read_log(tmp_path / "log.jsonl", "train")[0]
     assert task.state.model.encoder.patch_embed.weight.grad is None
+
+
+def test_feature_statistics_are_those_of_the_first_crops(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    torch.manual_seed(0)
+    model = DashengTokenizerModel(DashengTokenizerConfig(**SIZES, normalize_semantic=True)).eval()
+    fabric, data = make_fabric(config), MemoryData()
+    first = torch.cat([data.batch(step).audio for step in range(3)])  # 12 crops of 8 tokens
+    raw = model.encode_features(first).flatten(0, 1)
+    set_feature_statistics(fabric, model, data, tokens=3 * 4 * 8)
+    std, mean = torch.std_mean(raw, dim=0, correction=0)
+    torch.testing.assert_close(model.encoder.semantic_norm.mean, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.encoder.semantic_norm.std, std, rtol=1e-3, atol=1e-5)
+    normal = model.encode_semantic(first).flatten(0, 1)
+    assert normal.mean(0).abs().max() < 1e-3 and (normal.std(0) - 1).abs().max() < 1e-2
+    with pytest.raises(ConfigurationError, match="normalize_semantic: true"):
+        set_feature_statistics(fabric, DashengTokenizerModel(DashengTokenizerConfig(**SIZES)), data)
+
+
+def test_feature_statistics_survive_other_data_and_a_new_start(tmp_path: Path, corpus: list[str]) -> None:
+    recipe = write_recipe(tmp_path)
+    train(recipe, [*corpus, "steps=4", f"output={tmp_path / 'run'}"])
+    before = DashengTokenizerModel.from_pretrained(tmp_path / "run" / "model").encoder.semantic_norm
+    assert before.std.min() > 0 and not torch.equal(before.mean, torch.zeros_like(before.mean))
+    other = tmp_path / "other"
+    other.mkdir()
+    soundfile.write(other / "quiet.wav", 1e-3 * np.random.default_rng(5).standard_normal(32000), 16000)
+    runs = (["steps=5", f"output={tmp_path / 'run'}"], ["model={}", f"init={tmp_path / 'run/model'}", "steps=1"])
+    for changes in runs:
+        folder = train(recipe, [f"data.train=[{other}]", f"output={tmp_path / 'new'}", *changes])
+        after = DashengTokenizerModel.from_pretrained(folder / "model").encoder.semantic_norm
+        assert torch.equal(after.mean, before.mean) and torch.equal(after.std, before.std)
 
 
 def test_accumulated_parts_equal_the_whole_batch(tmp_path: Path) -> None:

@@ -32,6 +32,10 @@ class DashengTokenizerConfig(PreTrainedConfig):
         semantic_encoder: the frozen encoder: `{"kind": "dasheng"}`, or `{"kind": K, "config": {…}}` with K one of
             whisper, wavlm, hubert, wav2vec2 and the transformers configuration of that model. More keys: see
             `semantic_adapters`.
+        normalize_semantic: bring every dimension of the frozen features to zero mean and unit variance, by statistics
+            of the training data that are kept with the weights. Off in the published layout. Whisper's and other
+            encoders' features have dimensions whose offset is many times what they vary by; the decoder of an
+            acoustic embedding added to them learns slowly.
         length_mode: "exact" gives ceil(n/640) tokens and sample-exact audio; "published" repeats the published token
             count ⌊(⌊n/160⌋ + 1)/4⌋ and its mirrored right end.
         provenance: free-form facts shown by `dasheng-tokenizer info` (training data, licence, date).
@@ -56,6 +60,7 @@ class DashengTokenizerConfig(PreTrainedConfig):
         n_mels_patch: int = 128,
         hop_length: int = 160,
         semantic_encoder: dict[str, Any] | None = None,
+        normalize_semantic: bool = False,
         length_mode: str = "exact",
         provenance: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -72,6 +77,7 @@ class DashengTokenizerConfig(PreTrainedConfig):
         self.upsample_tokens = upsample_tokens
         self.n_mels_patch = n_mels_patch
         self.hop_length = hop_length
+        self.normalize_semantic = normalize_semantic
         self.length_mode = length_mode
         self.provenance = dict(provenance or {})
         self._check()

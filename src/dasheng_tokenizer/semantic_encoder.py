@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dasheng_tokenizer.configuration import DashengTokenizerConfig
-from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, Float32BatchNorm1d, MelSpectrogram
+from dasheng_tokenizer.spectral import (
+    CONTEXT,
+    SAMPLES_PER_TOKEN,
+    Float32BatchNorm1d,
+    Float32Module,
+    MelSpectrogram,
+)
 
 FRAMES_PER_TOKEN = 4
 """Mel frames (10 ms) a token (40 ms)."""
@@ -197,6 +203,28 @@ class DashengEncoder(SemanticEncoder):
         for block in self.blocks:
             x = block(x, mask)  # (B, N, D)
         return self.norm(x)  # (B, N, D)
+
+
+class FeatureNorm(Float32Module):
+    """Zero mean and unit variance in every dimension, by fixed statistics; the identity until they are set."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Take (dim,) statistics of features; a dimension that hardly varies is centred only."""
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std > 1e-4, std, 1.0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, T, dim) → (B, T, dim), of the same type."""
+        return ((features.float() - self.mean) / self.std).to(features.dtype)
 
 
 def build_semantic_encoder(config: DashengTokenizerConfig) -> SemanticEncoder:

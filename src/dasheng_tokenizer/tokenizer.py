@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -23,6 +24,7 @@ from dasheng_tokenizer.decoder import VocosDecoder
 from dasheng_tokenizer.errors import AudioError, LatentError, MaskError
 from dasheng_tokenizer.semantic_encoder import (
     FRAMES_PER_TOKEN,
+    FeatureNorm,
     build_semantic_encoder,
     linear_patches,
     token_mask,
@@ -48,7 +50,7 @@ class DashengTokenizerOutput(ModelOutput):
     Attributes:
         audio: (B, S) reconstruction, float32, zero past each clip's end.
         unified: (B, T, D) latent, semantic + acoustic.
-        semantic: (B, T, D) output of the frozen encoder.
+        semantic: (B, T, D) output of the frozen encoder, normalised if the configuration says so.
         acoustic: (B, T, D) output of the acoustic layer.
         token_mask: (B, T) bool, true for tokens that hold signal.
     """
@@ -78,6 +80,8 @@ class InjectionEncoder(nn.Module):
     def __init__(self, config: DashengTokenizerConfig) -> None:
         super().__init__()
         self.model = build_semantic_encoder(config)
+        # The identity has no weights: the published layout stays as it is.
+        self.semantic_norm = FeatureNorm(config.embed_dim) if config.normalize_semantic else nn.Identity()
         self.front_end = AcousticFrontEnd(config.n_mels_patch)
         patch = (config.n_mels_patch, FRAMES_PER_TOKEN)
         self.patch_embed = nn.Conv2d(1, config.embed_dim, kernel_size=patch, stride=patch)
@@ -103,7 +107,7 @@ class DashengTokenizerModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["TransformerBlock", "ConvNeXtBlock"]
     # Modules that also protect themselves against `.half()`; this list protects them in from_pretrained(dtype=…).
-    _keep_in_fp32_modules_strict = ["spectrogram", "mel_scale", "init_bn", "head"]
+    _keep_in_fp32_modules_strict = ["spectrogram", "mel_scale", "init_bn", "semantic_norm", "head"]
 
     sampling_rate = SAMPLING_RATE
     hop_length = SAMPLES_PER_TOKEN
@@ -226,11 +230,15 @@ class DashengTokenizerModel(PreTrainedModel):
         return self.encoder.acoustic(context_audio)
 
     @torch.no_grad()
-    def encode_semantic(self, context_audio: Tensor) -> Tensor:
-        """Frozen branch of context audio whose tokens are all real: (B, 512 + 640·N + 512) → (B, N, D)."""
+    def encode_features(self, context_audio: Tensor) -> Tensor:
+        """Frozen encoder alone on context audio whose tokens are all real: (B, 512 + 640·N + 512) → (B, N, D)."""
         length = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN
         count = torch.full((len(context_audio),), length, device=context_audio.device)
         return self.encoder.model(context_audio, count)
+
+    def encode_semantic(self, context_audio: Tensor) -> Tensor:
+        """Semantic branch of context audio, `encode_features` normalised as configured; same shapes."""
+        return self.encoder.semantic_norm(self.encode_features(context_audio))
 
     def train(self, mode: bool = True) -> DashengTokenizerModel:
         """Training mode for all but the semantic encoder, which stays as it was trained."""
@@ -270,10 +278,10 @@ class DashengTokenizerModel(PreTrainedModel):
         self, context_audio: Tensor, tokens: Tensor, level: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            semantic = self.encoder.model(context_audio, tokens, level)  # (B, T, D)
+            semantic = self.encoder.semantic_norm(self.encoder.model(context_audio, tokens, level))  # (B, T, D)
         acoustic = self.encoder.acoustic(context_audio)  # (B, T, D)
-        mask = token_mask(tokens, acoustic.shape[1])[..., None]  # (B, T, 1)
-        return semantic, acoustic.masked_fill(~mask, 0.0), tokens
+        hidden = ~token_mask(tokens, acoustic.shape[1])[..., None]  # (B, T, 1)
+        return semantic.masked_fill(hidden, 0.0), acoustic.masked_fill(hidden, 0.0), tokens
 
     def _encode_published(self, audio: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The published count of tokens and mirrored right end; each clip on its own, which mends its mask faults."""
@@ -305,10 +313,9 @@ class DashengTokenizerModel(PreTrainedModel):
         """Decodes clips of different length as if each were alone: zero latents are not the edge of a tensor."""
         if torch.compiler.is_compiling() or bool((tokens == latents.shape[1]).all()):
             return self._decode(latents)
-        audio = torch.zeros(len(latents), latents.shape[1] * SAMPLES_PER_TOKEN, device=latents.device)
-        for row, z, count in zip(audio, latents, tokens.tolist(), strict=True):
-            row[: count * SAMPLES_PER_TOKEN] = self._decode(z[None, :count])[0]
-        return audio  # (B, 640·T)
+        full = latents.shape[1] * SAMPLES_PER_TOKEN
+        clips = [self._decode(z[None, :count])[0] for z, count in zip(latents, tokens.tolist(), strict=True)]
+        return torch.stack([F.pad(clip, (0, full - len(clip))) for clip in clips])  # (B, 640·T)
 
     def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 3 or latents.shape[1] == 0 or latents.shape[2] != self.latent_dim:

@@ -34,7 +34,8 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         MissingExtraError: the `train` extra is not installed.
     """
     from dasheng_tokenizer.training.configuration import load_recipe
-    from dasheng_tokenizer.training.loop import fit, is_finished, make_fabric, seed_everything
+    from dasheng_tokenizer.training.feature_statistics import set_feature_statistics
+    from dasheng_tokenizer.training.loop import fit, is_finished, is_started, make_fabric, seed_everything
     from dasheng_tokenizer.training.tokenizer_state import open_data
     from dasheng_tokenizer.training.tokenizer_task import TokenizerTask
 
@@ -45,7 +46,11 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         return config.output
     seed_everything(config.seed)  # Alike on every rank: the same fresh weights.
     model = build_model(config)
-    task = TokenizerTask(fabric, config, model, open_data(fabric, config, model))
+    data = open_data(fabric, config, model)
+    # A model of `init` keeps its statistics, and a resumed run finds them in its checkpoint.
+    if model.config.normalize_semantic and config.init is None and not is_started(config):
+        set_feature_statistics(fabric, model, data)
+    task = TokenizerTask(fabric, config, model, data)
     seed_everything(config.seed, fabric.global_rank + 1)
     fit(fabric, task, config)
     return config.output

@@ -100,11 +100,11 @@ class Batch:
 
     Attributes:
         audio: (B, 512 + 640·N + 512) float32, loudness changed already.
-        semantic: (B, N, D) float32 frozen embeddings at that loudness, or None where they are not cached.
+        features: (B, N, D) float32 frozen embeddings at that loudness, or None where they are not cached.
     """
 
     audio: Tensor
-    semantic: Tensor | None
+    features: Tensor | None
 
     @property
     def target(self) -> Tensor:
@@ -113,8 +113,8 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on a device."""
-        semantic = None if self.semantic is None else self.semantic.to(device, non_blocking=non_blocking)
-        return Batch(self.audio.to(device, non_blocking=non_blocking), semantic)
+        features = None if self.features is None else self.features.to(device, non_blocking=non_blocking)
+        return Batch(self.audio.to(device, non_blocking=non_blocking), features)
 
 
 class CachedCrops:
@@ -157,8 +157,8 @@ class CachedCrops:
         places = range(first + self._slice.start, first + self._slice.stop)
         crops = [self._crop(*divmod(place, len(self._visits))) for place in places]
         audio = torch.from_numpy(np.stack([crop[0] for crop in crops]))  # (b, 512 + 640·N + 512)
-        semantic = torch.from_numpy(np.stack([crop[1] for crop in crops])).float()  # (b, N, D)
-        return Batch(audio, semantic)
+        features = torch.from_numpy(np.stack([crop[1] for crop in crops])).float()  # (b, N, D)
+        return Batch(audio, features)
 
     def batches(self, start_step: int, steps: int) -> Iterator[Batch]:
         """This rank's batches of `steps` steps from `start_step` on."""

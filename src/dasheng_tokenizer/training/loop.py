@@ -29,6 +29,7 @@ from dasheng_tokenizer.training.run_checkpoint import (
     Checkpointable,
     Progress,
     clean_leftovers,
+    list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 """Written last: its presence says that a run is finished."""
+
+CHECKPOINTS = "checkpoints"
+"""Their folder inside the run folder."""
 
 MAX_SKIPPED_IN_A_ROW = 100
 """Steps without a finite gradient after which a run gives up: its weights no longer learn anything."""
@@ -128,7 +132,7 @@ def fit(fabric: Fabric, task: Task, config: LoopConfig) -> bool:
         CheckpointError: the newest checkpoint is damaged.
         ConfigurationError: the folder holds another run, or the run does not learn (gradients are never finite).
     """
-    folder = config.output / "checkpoints"
+    folder = config.output / CHECKPOINTS
     if fabric.is_global_zero:
         make_folder(folder)
         clean_leftovers(folder)
@@ -161,6 +165,11 @@ def is_finished(config: LoopConfig) -> bool:
         return int(summary["steps"]) >= config.steps
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def is_started(config: LoopConfig) -> bool:
+    """Whether the run folder holds a checkpoint to go on from."""
+    return bool(list_checkpoints(config.output / CHECKPOINTS))
 
 
 def summarise(fabric: Fabric, config: LoopConfig, progress: Progress, metrics: dict[str, float]) -> dict[str, Any]:

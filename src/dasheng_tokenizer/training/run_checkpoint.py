@@ -213,7 +213,9 @@ def _tensors(task: Checkpointable) -> dict[str, Tensor]:
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    """Parameters that are trained, and buffers, among them statistics taken from the data; nothing that is frozen."""
+    state = module.state_dict(keep_vars=True)
+    return {name: held for name, held in state.items() if held.requires_grad or not isinstance(held, nn.Parameter)}
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ class SemanticModel(Protocol):
     def semantic_encoder(self) -> nn.Module:
         """The frozen encoder; its weights identify the cache."""
 
-    def encode_semantic(self, context_audio: Tensor) -> Tensor:
+    def encode_features(self, context_audio: Tensor) -> Tensor:
         """(B, 512 + 640·N + 512) → (B, N, D)."""
 
 
@@ -300,7 +300,7 @@ def _write_clip(
     device = next((p.device for p in model.semantic_encoder.parameters()), torch.device("cpu"))
     views = torch.tensor(gains)[:, None] * context  # (views, 512 + 640·T + 512)
     with torch.no_grad():
-        semantic = model.encode_semantic(views.to(device)).to("cpu", torch.float16).numpy()  # (views, T, D)
+        semantic = model.encode_features(views.to(device)).to("cpu", torch.float16).numpy()  # (views, T, D)
     if not np.isfinite(semantic).all():
         raise DataError(f"{key}: its semantic embedding is not finite in float16; remove the clip or check the encoder")
     audio_file.write(audio.tobytes())

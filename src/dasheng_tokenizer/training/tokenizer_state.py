@@ -40,10 +40,11 @@ class Generator(nn.Module):
         self.model = model
         self.latent = latent
 
-    def forward(self, audio: Tensor, semantic: Tensor | None) -> Generated:
-        """Context audio (B, 512 + 640·N + 512), cached semantic embeddings (B, N, D) or None to compute them."""
-        if semantic is None:
-            semantic = self.model.encode_semantic(audio)  # (B, N, D)
+    def forward(self, audio: Tensor, features: Tensor | None) -> Generated:
+        """Context audio (B, 512 + 640·N + 512), cached features of the frozen encoder (B, N, D) or None."""
+        if features is None:
+            features = self.model.encode_features(audio)  # (B, N, D)
+        semantic = self.model.encoder.semantic_norm(features)  # (B, N, D)
         acoustic = self.model.encode_acoustic(audio)  # (B, N, D)
         latent = select_latent(self.latent, semantic, acoustic)  # (B, N, D)
         # Not `model.decode`: it refuses NaN, where training skips the step.

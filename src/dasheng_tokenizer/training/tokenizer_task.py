@@ -51,6 +51,7 @@ MODEL_IDENTITY = (
     "istft_n_fft",
     "istft_hop",
     "n_mels_patch",
+    "normalize_semantic",
 )
 """Fields of the model's configuration that give its weights their shapes."""
 
@@ -206,7 +207,7 @@ class TokenizerTask:
                 save_model(model, self.config.output / "model")
 
     def _generate(self, part: Batch) -> Generated:
-        return self.state.generator(part.audio, part.semantic)
+        return self.state.generator(part.audio, part.features)
 
     def _judge(self, target: Tensor, audio: Tensor) -> tuple[list[DiscriminatorOutput], list[DiscriminatorOutput]]:
         """Outputs for real and decoded audio, with gradients to the audio only.
@@ -238,7 +239,7 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
     return [
         Batch(
             batch.audio[start : start + size],
-            None if batch.semantic is None else batch.semantic[start : start + size],
+            None if batch.features is None else batch.features[start : start + size],
         )
         for start in range(0, parts * size, size)
     ]
