@@ -23,6 +23,7 @@ $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed-demo
 	$(PIP) install --quiet -c constraints.txt -e ".[all]"
+	$(PIP) install --quiet -c constraints.txt --no-deps resemblyzer
 	touch $@
 
 # Reconstructs three real clips with the embedded default.

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from dasheng_tokenizer.cli_evaluate import add_reconstruction_command, run_reconstruction
+from dasheng_tokenizer.cli_probe import add_probe_command, run_probe
 from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -42,6 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a tokenizer by a recipe")
     train.add_argument("--config", required=True, type=Path, help="recipe in YAML")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
+    evaluate = commands.add_parser("evaluate", help="measure reconstruction, or probe a representation")
+    kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND")
+    add_reconstruction_command(kinds)
+    add_probe_command(kinds)
     return parser
 
 
@@ -62,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     try:
         arguments = build_parser().parse_args(argv)
+        arguments.command_line = list(sys.argv[1:] if argv is None else argv)  # for the record of a report
     except SystemExit as stop:  # of argparse: help (0) or wrong usage (2)
         return int(stop.code or 0)
     with warnings.catch_warnings():
@@ -98,6 +105,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
         print(info(arguments.name))
         return 0
+    if arguments.command == "evaluate":
+        return run_probe(arguments) if arguments.kind == "probe" else run_reconstruction(arguments)
     from dasheng_tokenizer import cli_audio
 
     if threading.current_thread() is threading.main_thread():

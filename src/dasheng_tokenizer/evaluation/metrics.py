@@ -22,8 +22,12 @@ MEL_BANDS = (5, 10, 20, 40, 80, 160, 320)
 
 MEL_FLOOR = 1e-5
 
+LSD_WINDOW, LSD_HOP = 1024, 256
+LSD_FLOOR = 1e-10
+"""Analysis of the log-spectral distance in samples, and its power floor: -100 dB of a full-scale sine."""
 
-def _pair(reference: Samples, estimate: Samples) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+
+def checked_pair(reference: Samples, estimate: Samples) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Check the two clips and bring them to float64.
 
     Raises:
@@ -68,7 +72,7 @@ def mel_distance(reference: Samples, estimate: Samples, sampling_rate: int = 16_
     """
     from transformers.audio_utils import mel_filter_bank
 
-    first, second = _pair(reference, estimate)
+    first, second = checked_pair(reference, estimate)
     distances = []
     for window, bands in zip(MEL_WINDOWS, MEL_BANDS, strict=True):
         filters = mel_filter_bank(
@@ -88,7 +92,7 @@ def si_sdr(reference: Samples, estimate: Samples) -> float:
     Raises:
         AudioError: clips that cannot be compared, or one of them constant, for which it is not defined.
     """
-    first, second = _pair(reference, estimate)
+    first, second = checked_pair(reference, estimate)
     first, second = first - first.mean(), second - second.mean()
     energy = float(first @ first)
     if energy < 1e-12 or float(second @ second) < 1e-12:
@@ -101,6 +105,24 @@ def si_sdr(reference: Samples, estimate: Samples) -> float:
     return float(10 * np.log10(float(target @ target) / max(float(distortion @ distortion), floor)))
 
 
+def log_spectral_distance(reference: Samples, estimate: Samples) -> float:
+    """Log-spectral distance in dB: 0 for equal clips, smaller is better.
+
+    The mean over frames of the root mean square over frequency bins of 10·log10(P₁/P₂), where P is the power of a
+    1024-sample Hann window every 256 samples, relative to a full-scale sine and not below 1e-10 (-100 dB). Other papers
+    take other windows and floors; figures compare only with figures of this definition.
+
+    Raises:
+        AudioError: clips that cannot be compared.
+    """
+    levels = []
+    for audio in checked_pair(reference, estimate):
+        power = (magnitude_spectrogram(audio, LSD_WINDOW, LSD_HOP) / (LSD_WINDOW / 4)) ** 2  # (frames, bins)
+        levels.append(10 * np.log10(np.maximum(power, LSD_FLOOR)))
+    first, second = levels
+    return float(np.mean(np.sqrt(np.mean((first - second) ** 2, axis=1))))
+
+
 def pesq_wb(reference: Samples, estimate: Samples, sampling_rate: int = 16_000) -> float:
     """Wide-band PESQ (ITU-T P.862.2), 1.0 to 4.64; for speech; greater is better.
 
@@ -108,16 +130,32 @@ def pesq_wb(reference: Samples, estimate: Samples, sampling_rate: int = 16_000) 
         AudioError: not 16 kHz, shorter than a quarter of a second, or without speech that PESQ detects.
         MissingExtraError: the package pesq is not installed.
     """
-    first, second = _pair(reference, estimate)
-    package = require_extra("pesq", "metrics")
     if sampling_rate != 16_000:
         raise AudioError(f"wide-band PESQ is defined at 16000 Hz, not {sampling_rate}; resample first")
+    return _pesq(reference, estimate, sampling_rate, "wb")
+
+
+def pesq_nb(reference: Samples, estimate: Samples, sampling_rate: int = 16_000) -> float:
+    """Narrow-band PESQ (ITU-T P.862, mapped by P.862.1), 1.0 to 4.55; for speech; greater is better.
+
+    Raises:
+        AudioError: neither 8 nor 16 kHz, shorter than a quarter of a second, or without speech that PESQ detects.
+        MissingExtraError: the package pesq is not installed.
+    """
+    if sampling_rate not in (8_000, 16_000):
+        raise AudioError(f"narrow-band PESQ is defined at 8000 and 16000 Hz, not {sampling_rate}; resample first")
+    return _pesq(reference, estimate, sampling_rate, "nb")
+
+
+def _pesq(reference: Samples, estimate: Samples, sampling_rate: int, band: str) -> float:
+    first, second = checked_pair(reference, estimate)
+    package = require_extra("pesq", "metrics")
     if first.size < sampling_rate // 4:
         raise AudioError("PESQ needs at least a quarter of a second")
     if not first.any() or not second.any():
         raise AudioError("PESQ is not defined for silence")
     try:
-        value = float(package.pesq(sampling_rate, first.astype(np.float32), second.astype(np.float32), "wb"))
+        value = float(package.pesq(sampling_rate, first.astype(np.float32), second.astype(np.float32), band))
     except package.PesqError as error:
         reason = error.args[0] if error.args else type(error).__name__
         reason = reason.decode() if isinstance(reason, bytes) else reason
@@ -134,16 +172,30 @@ def stoi(reference: Samples, estimate: Samples, sampling_rate: int = 16_000) -> 
         AudioError: fewer than 30 frames (about 0.4 s) of speech, where it is not defined.
         MissingExtraError: the package pystoi is not installed.
     """
-    first, second = _pair(reference, estimate)
+    return _stoi(reference, estimate, sampling_rate, False)
+
+
+def estoi(reference: Samples, estimate: Samples, sampling_rate: int = 16_000) -> float:
+    """Extended STOI (Jensen & Taal 2016), for fluctuating distortions too; 0 to 1; for speech; greater is better.
+
+    Raises:
+        AudioError, MissingExtraError: as `stoi`.
+    """
+    return _stoi(reference, estimate, sampling_rate, True)
+
+
+def _stoi(reference: Samples, estimate: Samples, sampling_rate: int, extended: bool) -> float:
+    first, second = checked_pair(reference, estimate)
     package = require_extra("pystoi", "metrics")
-    if not first.any():
-        raise AudioError("STOI is not defined for silence")
+    name = "ESTOI" if extended else "STOI"
+    if not first.any() or not second.any():
+        raise AudioError(f"{name} is not defined for silence")
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # pystoi returns 1e-5 with a warning where it has no figure
         try:
-            value = float(package.stoi(first, second, sampling_rate, extended=False))
+            value = float(package.stoi(first, second, sampling_rate, extended=extended))
         except (RuntimeWarning, ValueError, IndexError) as error:
-            raise AudioError("STOI gives no figure: less than 0.4 s of sound") from error
+            raise AudioError(f"{name} gives no figure: less than 0.4 s of sound") from error
     if not np.isfinite(value):
-        raise AudioError("STOI gives no figure: not a number")
+        raise AudioError(f"{name} gives no figure: not a number")
     return value
