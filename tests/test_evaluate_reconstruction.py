@@ -154,6 +154,8 @@ def test_opus_keeps_length_and_alignment_and_its_rate_is_that_of_its_bytes(speec
     assert distances[0] > distances[1] > distances[2]
     for samples in (1, 319, 321, 16001):
         assert Opus(12).reconstruct(speech[:samples]).audio.shape == (samples,)
+    packet = Opus(12).reconstruct(speech[:1]).bits
+    assert packet is not None and 0 < packet / 8 < 40  # an Ogg Opus file has more than 100 bytes besides
 
 
 def test_opus_does_not_clip_loud_clips(speech: np.ndarray) -> None:

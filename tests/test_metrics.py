@@ -105,7 +105,7 @@ def test_dnsmos_is_that_of_speechmos() -> None:
     expected = package.run(speech, 16000)
     for scale, key in (("sig", "sig_mos"), ("bak", "bak_mos"), ("ovr", "ovrl_mos")):
         assert model_metrics.dnsmos(speech, scale) == pytest.approx(expected[key], abs=1e-4)
-    # Softer than the clip in no place, and beyond full scale: clipped, as the library refuses it.
+    # Noise that goes beyond full scale is clipped; the library itself refuses it.
     noise = np.random.default_rng(0).standard_normal(speech.size).astype(np.float32)
     assert model_metrics.dnsmos(speech + 0.5 * noise, "bak") < expected["bak_mos"] - 0.5
     for bad, reason in ((0 * speech, "silence"), (speech[:7999], "half a second")):

@@ -33,9 +33,7 @@ class DashengTokenizerConfig(PreTrainedConfig):
             whisper, wavlm, hubert, wav2vec2 and the transformers configuration of that model. More keys: see
             `semantic_adapters`.
         normalize_semantic: bring every dimension of the frozen features to zero mean and unit variance, by statistics
-            of the training data that are kept with the weights. Off in the published layout. Whisper's and other
-            encoders' features have dimensions whose offset is many times what they vary by; the decoder of an
-            acoustic embedding added to them learns slowly.
+            of the training data that are kept with the weights. Off in the published layout.
         length_mode: "exact" gives ceil(n/640) tokens and sample-exact audio; "published" repeats the published token
             count ⌊(⌊n/160⌋ + 1)/4⌋ and its mirrored right end.
         provenance: free-form facts shown by `dasheng-tokenizer info` (training data, licence, date).

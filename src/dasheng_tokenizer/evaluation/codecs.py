@@ -146,15 +146,14 @@ class Opus:
 
         low, high = OPUS_KBITS
         level = (high - self.kbits) / (high - low)
-        peak = max(1.0, float(np.abs(audio).max()))  # Ogg files clip at full scale
         file = io.BytesIO()
         try:
-            soundfile.write(file, audio / peak, RATE, format="OGG", subtype="OPUS", compression_level=level)
+            soundfile.write(file, audio, RATE, format="OGG", subtype="OPUS", compression_level=level)
             file.seek(0)
             decoded, _ = soundfile.read(file, dtype="float32")
         except (soundfile.SoundFileError, ValueError) as error:
             raise AudioFileError(f"libsndfile cannot code this as Opus ({error}); a newer soundfile can") from error
-        return Decoded(fit_length(decoded * np.float32(peak), audio.size), 8 * _opus_bytes(file.getvalue()))
+        return Decoded(fit_length(decoded, audio.size), 8 * _opus_bytes(file.getvalue()))
 
 
 def _opus_bytes(file: bytes) -> int:

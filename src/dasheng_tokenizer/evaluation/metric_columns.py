@@ -158,7 +158,7 @@ METRICS: dict[str, Metric] = {
         Metric(
             "speaker_similarity",
             (Column("speaker_similarity", "speaker ↑", _at_16_khz(model_metrics.speaker_similarity), "speech"),),
-            "speaker (speech only): cosine of resemblyzer's speaker embeddings, at most 1, strangers near 0.5.",
+            "speaker (speech only): cosine of resemblyzer's speaker embeddings, at most 1, strangers well above 0.",
             ("resemblyzer",),
             ("resemblyzer",),
         ),

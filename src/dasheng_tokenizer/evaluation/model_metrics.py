@@ -111,7 +111,7 @@ def speaker_similarity(reference: Samples, estimate: Samples) -> float:
     """Cosine of the speaker embeddings of both clips (GE2E, Wan et al. 2018, by resemblyzer): 1 for the same voice.
 
     Both at 16 kHz. As resemblyzer does it: brought to −30 dB where softer, long pauses cut out, embedded in windows of
-    1.6 s and averaged. Embeddings have no negative component, so that figures of strangers lie near 0.5 and not at 0.
+    1.6 s and averaged. Embeddings have no negative component, so that figures of strangers lie well above 0.
 
     Raises:
         AudioError: no speech detected. MissingExtraError: resemblyzer or webrtcvad is not installed.
