@@ -221,7 +221,7 @@ def test_batches_hold_the_audio_that_the_embedding_is_of(config: DataConfig) -> 
         batch = crops.crops_for_step(step)
         assert batch.audio.shape == (4, 512 + 6400 + 512) and batch.target.shape == (4, 6400)
         assert batch.audio.dtype == batch.features.dtype == torch.float32
-        torch.testing.assert_close(model.encode_semantic(batch.audio), batch.features, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(model.encode_features(batch.audio), batch.features, atol=2e-3, rtol=2e-3)
         seen.update(batch.audio[:, 600].tolist())
     assert len(seen) > 12  # starts and loudness vary
 

@@ -166,5 +166,5 @@ def _intervals(notes: Sequence[tuple[float, float, str]]) -> tuple[npt.NDArray[A
 
 def _segments(clip: npt.NDArray[np.bool_], size: int) -> npt.NDArray[np.bool_]:
     count = max(1, len(clip) // size)
-    segments: npt.NDArray[np.bool_] = clip[: count * size].reshape(count, -1, clip.shape[1]).any(1)
+    segments = np.asarray(clip[: count * size].reshape(count, -1, clip.shape[1]).any(axis=1), dtype=bool)
     return segments
