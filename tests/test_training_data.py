@@ -213,6 +213,19 @@ def test_cached_embeddings_equal_online_ones(config: DataConfig, tiny_model: Das
             np.testing.assert_allclose(cache.semantic(i, view), online.detach().numpy(), atol=2e-3, rtol=2e-3)
 
 
+def test_a_damaged_header_in_the_middle_of_a_shard_is_noted(tmp_path: Path) -> None:
+    """Python's reader of tar files ends there without a word."""
+    path = Path(write_tar(tmp_path / "a.tar", clips_of("a", [0.3, 0.4, 0.5])))
+    with tarfile.open(path) as archive:
+        header = archive.getmembers()[2].offset
+    data = bytearray(path.read_bytes())
+    data[header : header + 512] = bytes([7]) * 512
+    path.write_bytes(data)
+    report = SkipReport()
+    assert [clip.key for clip in read_clips([path], report)] == ["a-0"]
+    assert "the rest of it is left out" in report.skipped[str(path)]
+
+
 def test_batches_hold_the_audio_that_the_embedding_is_of(config: DataConfig) -> None:
     model = StandIn()
     crops = CachedCrops(prepare_cache(model, config, progress=False), config)

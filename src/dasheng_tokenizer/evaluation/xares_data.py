@@ -12,7 +12,7 @@ import math
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from dasheng_tokenizer.errors import AudioError, AudioFileError, DataError
 from dasheng_tokenizer.evaluation.probe_tasks import Event, Example, Label, Samples
 from dasheng_tokenizer.evaluation.xares_tasks import XaresRow, find_shards
 from dasheng_tokenizer.spectral import SAMPLING_RATE
-from dasheng_tokenizer.training.clips import EncodedClip, Shard, SkipReport
+from dasheng_tokenizer.training.clips import EncodedClip, Shard, SkipReport, check_tar_end
 
 HELD_OUT = 10
 """Where the original has no validation split, one training clip in so many is held out to choose the epoch by."""
@@ -193,7 +193,7 @@ def tar_samples(path: Path, report: SkipReport) -> Iterator[tuple[str, dict[str,
     try:
         with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             yield from _grouped(archive)
-            _check_end(stream, archive.offset)
+            check_tar_end(stream, archive.offset)
     except (tarfile.TarError, OSError) as error:
         report.add(path.name, f"cut or damaged shard, clips may be missing from it: {error}")
 
@@ -215,13 +215,3 @@ def _grouped(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]
         members[suffix.lower()] = held.read() if held else b""
     if members:
         yield last, members
-
-
-def _check_end(stream: BinaryIO, offset: int) -> None:
-    stream.seek(offset)
-    if len(block := stream.read(2 * tarfile.BLOCKSIZE)) < 2 * tarfile.BLOCKSIZE:
-        raise tarfile.ReadError(f"ends at byte {offset + len(block)} without the mark that ends an archive")
-    while block:
-        if any(block):
-            raise tarfile.ReadError(f"damaged after byte {offset}")
-        block = stream.read(1 << 20)

@@ -11,10 +11,11 @@ import io
 import json
 import logging
 import os
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -125,7 +126,7 @@ def find_shards(sources: Sequence[str | Path]) -> list[Shard]:
         MissingExtraError: webdataset is not installed.
     """
     if not sources:
-        raise DataError("no audio is named; list tar shards, globs or folders under data.train (and data.valid)")
+        raise DataError("no audio is named; list tar shards, audio files, globs or folders (in a recipe under data.train and data.valid)")
     tars: dict[Path, None] = {}
     loose: dict[Path, Path] = {}  # file → the folder its key is relative to
     for path in (path for source in sources for path in _expand(str(source))):
@@ -202,7 +203,7 @@ def _expand(source: str) -> Iterator[Path]:
     for name in braces.braceexpand(source):
         found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
         if not found:
-            raise DataError(f"{name} does not exist or matches nothing; check data.train and data.valid")
+            raise DataError(f"{name} does not exist or matches nothing; name shards, audio files, folders or globs that do")
         yield from map(Path, found)
 
 
@@ -247,6 +248,34 @@ def _tar_members(path: Path, report: SkipReport) -> Iterator[tuple[str, bytes, b
         members = tar_file_expander([{"url": os.fspath(path), "stream": stream}], handler=note)
         for sample in group_by_keys(members, handler=note):
             yield from _sample_members(sample)
+    if path.suffix.lower() == ".tar" and os.fspath(path) not in report.skipped:
+        _note_silent_end(path, report)
+
+
+def _note_silent_end(path: Path, report: SkipReport) -> None:
+    """Note a shard whose reading ended before its end: tarfile stops in silence at a header that is damaged."""
+    try:
+        with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+            while archive.next() is not None:
+                pass
+            check_tar_end(stream, archive.offset)
+    except (tarfile.TarError, OSError) as error:
+        report.add(os.fspath(path), f"broken shard, the rest of it is left out: {error}")
+
+
+def check_tar_end(stream: BinaryIO, offset: int) -> None:
+    """See that an archive ends where its reader stopped: two blocks of zeros, and nothing but zeros after them.
+
+    Raises:
+        tarfile.ReadError: it does not.
+    """
+    stream.seek(offset)
+    if len(block := stream.read(2 * tarfile.BLOCKSIZE)) < 2 * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"ends at byte {offset + len(block)} without the mark that ends an archive")
+    while block:
+        if any(block):
+            raise tarfile.ReadError(f"damaged after byte {offset}")
+        block = stream.read(1 << 20)
 
 
 def _sample_members(sample: dict[str, Any]) -> Iterable[tuple[str, bytes, bytes | None]]:
