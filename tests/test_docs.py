@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import importlib.util
 import re
 import shlex
 import shutil
@@ -112,6 +113,8 @@ def test_shell_lines_name_commands_options_and_targets_that_exist(block: Block) 
             check_command(words[words.index("dasheng_tokenizer.cli") + 1 :])
         elif words[0] == "dasheng-tokenizer":
             check_command(words[1:])
+        elif words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]), f"{name(block)}: no module {words[2]}"
         else:
             assert words[0] in ("pip", "tensorboard"), f"{name(block)}: say here how to check {words[0]}"
 
