@@ -126,7 +126,7 @@ def find_shards(sources: Sequence[str | Path]) -> list[Shard]:
         MissingExtraError: webdataset is not installed.
     """
     if not sources:
-        raise DataError("no audio is named; list tar shards, audio files, globs or folders (in a recipe under data.train and data.valid)")
+        raise DataError("no audio is named; list tar shards, files or folders (in a recipe: data.train, data.valid)")
     tars: dict[Path, None] = {}
     loose: dict[Path, Path] = {}  # file → the folder its key is relative to
     for path in (path for source in sources for path in _expand(str(source))):
@@ -203,7 +203,7 @@ def _expand(source: str) -> Iterator[Path]:
     for name in braces.braceexpand(source):
         found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
         if not found:
-            raise DataError(f"{name} does not exist or matches nothing; name shards, audio files, folders or globs that do")
+            raise DataError(f"{name} does not exist or matches nothing; name shards, files, folders or globs")
         yield from map(Path, found)
 
 
