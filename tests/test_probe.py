@@ -131,6 +131,23 @@ def test_epoch_is_chosen_on_the_selection_data_and_its_weights_are_scored() -> N
     assert torch.equal(logits, seen[1]) and not torch.equal(logits, seen[-1])
 
 
+def test_a_head_without_a_score_is_named() -> None:
+    items = Items(torch.zeros(4, DIM), torch.tensor([0, 1, 0, 1]))
+    nothing = (items, lambda logits: float("nan"))
+    with pytest.raises(DataError, match="diverged"):
+        train_head(items, nothing, nothing, torch.nn.functional.cross_entropy, 2, 2, 2, seed=0)
+
+
+def test_a_pitch_that_is_no_class_is_not_near(tmp_path: Path) -> None:
+    rows = {role: [example(f"{role}{i}", 1.0 if i % 2 else -1.0, str(60 + 12 * (i % 2))) for i in range(20)]
+            for role in ("train", "valid", "test")}  # fmt: skip
+    rows["test"] = [Example(item.key, item.audio, "90") for item in rows["test"]]
+    fold = Fold(*([split(role, held)] for role, held in rows.items()))
+    task = clip_task([fold], name="pitch", classes=("60", "72"), epochs=2)
+    score = probe_task(task, StandIn(), EmbeddingStore(tmp_path), (0,))[0]
+    assert score.mean == 0.0 and score.extra == {"within a semitone": 0.0}
+
+
 def test_folds_are_averaged(tmp_path: Path) -> None:
     hopeless = [Example(e.key, e.audio, "up" if e.label == "down" else "down") for e in two_classes("test")]
     good = toy_folds()[0]
@@ -415,6 +432,7 @@ def test_suite_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     log_mel = {row[1]: float(row[-1].split()[0]) for row in scores["rows"]}
     assert log_mel["pitch"] == 100.0 and log_mel["voices"] == 100.0 and log_mel["notes"] > 80
     assert report.with_suffix(".png").stat().st_size > 5000
+    assert "| log-mel |" in report.with_suffix(".md").read_text()
     assert held["command"] == "dasheng-tokenizer " + " ".join(command)
     first = held["tables"]
     assert main(command) == 0 and json.loads(report.read_text())["tables"] == first

@@ -152,6 +152,7 @@ def _seeds(text: str) -> list[int]:
 def _write(arguments: argparse.Namespace, scores: list[ProbeScore], seeds: list[int], failed: dict[str, str]) -> None:
     from dasheng_tokenizer.evaluation import probe_report as reports
     from dasheng_tokenizer.evaluation.report import Report
+    from dasheng_tokenizer.files import atomic_path
 
     held = reports.by_representation(scores)
     spread = f"percent, mean ± standard deviation over {len(seeds)} seeds of the head"
@@ -182,6 +183,9 @@ def _write(arguments: argparse.Namespace, scores: list[ProbeScore], seeds: list[
     print(report.markdown())
     if arguments.report:
         picture = arguments.report.with_suffix(".png")
+        text = arguments.report.with_suffix(".md")
         reports.draw_bars(held, picture)
+        with atomic_path(text) as temporary:
+            temporary.write_text(report.markdown() + "\n", encoding="utf-8")
         report.save(arguments.report)
-        print(f"report: {arguments.report}, picture: {picture}")
+        print(f"report: {arguments.report} and {text}, picture: {picture}")

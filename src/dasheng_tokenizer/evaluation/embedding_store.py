@@ -33,6 +33,7 @@ from dasheng_tokenizer.errors import DataError
 from dasheng_tokenizer.evaluation.probe_tasks import Example, Label, label_from_json, label_to_json
 from dasheng_tokenizer.evaluation.representations import Embedder
 from dasheng_tokenizer.files import atomic_path, make_folder
+from dasheng_tokenizer.spectral import SAMPLING_RATE
 
 STORE_VERSION = 1
 
@@ -157,7 +158,7 @@ def _batches(group: Sequence[Example]) -> Iterator[list[Example]]:
     """Clips of like length together, at most BATCH_SECONDS of padded audio each; one longer clip goes alone."""
     batch: list[Example] = []
     for example in sorted(group, key=lambda item: len(item.audio)):
-        if batch and (len(batch) + 1) * len(example.audio) > BATCH_SECONDS * 16_000:
+        if batch and (len(batch) + 1) * len(example.audio) > BATCH_SECONDS * SAMPLING_RATE:
             yield batch
             batch = []
         batch.append(example)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dasheng_tokenizer.errors import DataError
+
 LEARNING_RATE = 1e-3
 FINAL_FRACTION = 0.1
 
@@ -96,6 +98,9 @@ def train_head(
 
     Returns:
         The result, and the logits of the test items.
+
+    Raises:
+        DataError: no epoch has a selection score that is a number.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -113,6 +118,8 @@ def train_head(
         score = selection[1](_logits(head, selection[0]))
         if score > best[0]:
             best = score, epoch, copy.deepcopy(head.state_dict())
+    if not best[1]:
+        raise DataError("the head's training diverged: no epoch has a score that is a number; check the embeddings")
     head.load_state_dict(best[2])
     logits = _logits(head, test[0])
     return HeadResult(test[1](logits), best[0], best[1]), logits

@@ -64,7 +64,10 @@ class Probe:
 
 
 class LinearProbe(Probe):
-    """A linear head over classes."""
+    """A linear head over C classes.
+
+    Logits and targets of clips are (N, C) and (N,) or (N, C); those of frames one (T, C) a clip, joined in a batch.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         """As `Probe`.
@@ -157,8 +160,9 @@ class ClipProbe(LinearProbe):
             return {}
         # Classes are MIDI note numbers here, and a semitone off is nearly right.
         notes = torch.tensor([int(name) for name in self.classes])
-        distance = (notes[logits.argmax(1)] - notes[self._targets("test")]).abs()
-        return {"within a semitone": float((distance <= 1).float().mean())}
+        targets = self._targets("test")
+        near = (notes[logits.argmax(1)] - notes[targets]).abs() <= 1
+        return {"within a semitone": float((near & (targets >= 0)).float().mean())}  # -1: a pitch that is no class
 
     def knn(self) -> float | None:
         """Score of the nearest neighbours, where it makes sense."""

@@ -23,7 +23,7 @@ class ProbeTask:
         domain: speech, sound, music, …; averages are taken per domain.
         head: what is trained on the frozen embedding.
         metric: the score, 0 to 1, greater is better: accuracy, macro_accuracy, mAP, segment_f1_micro,
-            segment_f1_macro, recall@1 or 1-wer.
+            segment_f1_macro, note_frame_f1, recall@1 or 1-wer.
         classes: label names; empty takes those of the training data, sorted.
         epochs, batch_size: of the head's training.
         crop_seconds: clips are cut into full crops of this length, each a sample of its own; None leaves them whole.
