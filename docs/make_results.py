@@ -5,7 +5,7 @@
 
 A report is a JSON object. `title`, `command`, `data`, `hardware`, `seed`, `date` say where its figures come from;
 `tables` is a list of {"caption", "columns", "rows"}. Optional: `notes` (texts), `pictures` (paths relative to `docs`)
-and `order` (a number; reports go by it, then by file name).
+and `order` (a number; reports go by it, then by file name). A picture NAME.png beside NAME.json is shown, too.
 """
 
 from __future__ import annotations
@@ -69,6 +69,9 @@ def read_report(path: Path, docs: Path) -> dict[str, Any]:
     _require(isinstance(report["tables"], list), f"{name}: tables must be a list")
     for number, table in enumerate(report["tables"], start=1):
         _check_table(table, f"{name}: table {number}")
+    beside = path.with_suffix(".png")
+    if beside.is_file():
+        report["pictures"] = [*report["pictures"], beside.relative_to(docs).as_posix()]
     for picture in report["pictures"]:
         _require((docs / picture).is_file(), f"{name}: there is no picture {picture}")
     return report

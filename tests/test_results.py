@@ -44,6 +44,13 @@ def test_a_report_becomes_a_section(script: ModuleType, tmp_path: Path) -> None:
     )
 
 
+def test_a_picture_beside_a_report_is_shown(script: ModuleType, tmp_path: Path) -> None:
+    write(tmp_path, "probe.json", report())
+    assert "![" not in script.results_page(script.read_reports(tmp_path))
+    (tmp_path / "reports" / "probe.png").write_bytes(b"")
+    assert "![probe](reports/probe.png)" in script.results_page(script.read_reports(tmp_path))
+
+
 def test_reports_go_by_order_then_by_name(script: ModuleType, tmp_path: Path) -> None:
     for name, order in (("a", 2), ("c", 1), ("b", 1)):
         write(tmp_path, f"{name}.json", report(title=f"Report {name}", order=order))

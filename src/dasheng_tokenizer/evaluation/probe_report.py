@@ -113,7 +113,7 @@ def draw_bars(scores: Scores, path: Path) -> None:
         values, errors = [100 * s.mean for _, s in rows], [100 * s.std for _, s in rows]
         axes.barh(places, values, width, xerr=errors, label=name, error_kw={"linewidth": 0.8})
     axes.set_yticks(range(len(tasks)), tasks)
-    axes.invert_yaxis()
+    axes.set_ylim(len(tasks) - 0.45, -0.55)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right", fontsize="small")
     make_folder(path.parent)
