@@ -115,6 +115,10 @@ def test_shell_lines_name_commands_options_and_targets_that_exist(block: Block) 
             check_command(words[1:])
         elif words[:2] == ["python", "-m"]:
             assert importlib.util.find_spec(words[2]), f"{name(block)}: no module {words[2]}"
+        elif words[0] == "python":
+            source = (ROOT / words[1]).read_text(encoding="utf-8")
+            options = [word for word in words[2:] if word.startswith("--")]
+            assert all(f'"{option}"' in source for option in options), words
         else:
             assert words[0] in ("pip", "tensorboard"), f"{name(block)}: say here how to check {words[0]}"
 
