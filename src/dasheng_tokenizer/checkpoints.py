@@ -78,7 +78,7 @@ def load_strictly(load: Callable[..., Any], name: str | Path | None, kwargs: dic
                 "in its config.json; export it again with save_pretrained"
             )
     # Loading makes the parameters anew and forgets that these need no gradient.
-    model.semantic_encoder.requires_grad_(False)
+    model.freeze_semantic_encoder()
     return (model, info) if wants_info else model
 
 
@@ -162,7 +162,7 @@ def load_semantic_weights(model: Any, source: str | Path) -> None:
     """Fills the frozen encoder of `model` from published weights; windows and filter banks may be absent there.
 
     Raises:
-        CheckpointError: a weight is missing or of another shape.
+        CheckpointError: a weight is missing or of another shape; ConfigurationError: a VAE, which has no such encoder.
     """
     encoder = model.semantic_encoder
     state, _ = read_weights(source)

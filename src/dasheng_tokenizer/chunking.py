@@ -2,7 +2,7 @@
 
 Encoding: windows of the semantic encoder do not see each other, so a block needs only `CONTEXT` samples of audio on
 each side for its mel frames. The Dasheng front end also needs the loudest band of the whole clip, hence a cheap first
-pass.
+pass. The tokens of a VAE see a finite number of neighbours, which are held back for them.
 Decoding: an output sample depends on a finite number of latents on each side (`VocosDecoder.context_frames`), so blocks
 with that many neighbours give what the whole gives.
 """
@@ -33,6 +33,7 @@ from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN
 from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, SAMPLING_RATE
 from dasheng_tokenizer.token_file import AudioTokens
 from dasheng_tokenizer.token_stream import StoredLatents, TokenReader, token_writer
+from dasheng_tokenizer.vae import VAEEncoder
 
 if TYPE_CHECKING:
     from dasheng_tokenizer.tokenizer import DashengTokenizerModel
@@ -41,7 +42,8 @@ Progress = Callable[[float, float], None]
 """Called with seconds done and seconds in all."""
 
 BLOCK_TOKENS = 750
-"""Tokens a block of decoding (30 s): large enough that the neighbours computed twice cost under 10 %."""
+"""Tokens a block of decoding, and of encoding with a VAE (30 s): large enough that the neighbours computed twice cost
+under 10 %."""
 
 
 # ---------------------------------------------------------------------- 16 kHz blocks ↔ latents
@@ -82,7 +84,7 @@ def context_blocks(blocks: Iterable[Array], num_samples: int, block_tokens: int)
 
 def clip_level(model: DashengTokenizerModel, blocks: Iterable[Array], num_samples: int) -> Tensor | None:
     """First pass: the level of each channel of the whole clip, (channels,); None where the encoder needs none."""
-    encoder = model.encoder.model
+    encoder = model.semantic_encoder
     if not encoder.needs_level:
         return None
     level = None
@@ -106,8 +108,14 @@ def encode_blocks(
     """
     if model.config.length_mode != "exact":
         raise ConfigurationError('block-wise encoding is exact; load the model with length_mode="exact"')
+    if isinstance(encoder := model.encoder, VAEEncoder):
+        pieces = (
+            encoder.patches(audio.to(model.device)) for audio, _ in context_blocks(blocks(), num_samples, BLOCK_TOKENS)
+        )
+        yield from (latents.cpu() for latents in encoder.mean_blocks(pieces))
+        return
     level = clip_level(model, blocks(), num_samples)
-    for audio, size in context_blocks(blocks(), num_samples, model.encoder.model.window_tokens):
+    for audio, size in context_blocks(blocks(), num_samples, model.semantic_encoder.window_tokens):
         tokens = torch.full((len(audio),), size, device=model.device)
         semantic, acoustic, _ = model._encode_context(audio.to(model.device), tokens, level)
         yield (semantic + acoustic).cpu()

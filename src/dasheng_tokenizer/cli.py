@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from dasheng_tokenizer.cli_encode_dataset import add_encode_dataset_command, run_encode_dataset
 from dasheng_tokenizer.cli_evaluate import add_reconstruction_command, run_reconstruction
+from dasheng_tokenizer.cli_generate import add_generate_command, run_generate
+from dasheng_tokenizer.cli_generation import add_generation_command, run_generation
 from dasheng_tokenizer.cli_probe import add_probe_command, run_probe
 from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError
 
@@ -39,15 +42,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for command in (decode, reconstruct):
         command.add_argument("--format", choices=("wav", "flac"), default="wav", help="audio format (default: wav)")
+    add_generate_command(commands)
     info = commands.add_parser("info", help="sizes, rates, provenance, hash of a model; header of a token file")
     info.add_argument("name", nargs="?", metavar="MODEL", help="folder, hub name or token file (default: embedded)")
     train = commands.add_parser("train", help="train a tokenizer by a recipe")
     train.add_argument("--config", required=True, type=Path, help="recipe in YAML")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
-    evaluate = commands.add_parser("evaluate", help="measure reconstruction, or probe a representation")
+    add_encode_dataset_command(commands)
+    evaluate = commands.add_parser("evaluate", help="measure reconstruction or generation, or probe a representation")
     kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND")
     add_reconstruction_command(kinds)
     add_probe_command(kinds)
+    add_generation_command(kinds)
     return parser
 
 
@@ -105,17 +111,21 @@ def _run(arguments: argparse.Namespace) -> int:
 
         print(info(arguments.name))
         return 0
+    if arguments.command == "encode-dataset":
+        return run_encode_dataset(arguments)
     if arguments.command == "evaluate":
-        return run_probe(arguments) if arguments.kind == "probe" else run_reconstruction(arguments)
+        kinds = {"probe": run_probe, "generation": run_generation, "reconstruction": run_reconstruction}
+        return kinds[arguments.kind](arguments)
     from dasheng_tokenizer import cli_audio
 
+    run = run_generate if arguments.command == "generate" else getattr(cli_audio, arguments.command)
     if threading.current_thread() is threading.main_thread():
         previous = signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run tidies up as after Ctrl-C
         try:
-            return int(getattr(cli_audio, arguments.command)(arguments))
+            return int(run(arguments))
         finally:
             signal.signal(signal.SIGTERM, previous)
-    return int(getattr(cli_audio, arguments.command)(arguments))
+    return int(run(arguments))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

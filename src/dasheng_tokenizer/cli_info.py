@@ -42,14 +42,15 @@ def _model(name: str | None) -> dict[str, Any]:
 
     model = load_model(name, "cpu", None)
     config = model.config
-    frozen = sum(parameter.numel() for parameter in model.semantic_encoder.parameters())
+    frozen = 0 if config.is_vae else sum(parameter.numel() for parameter in model.semantic_encoder.parameters())
     trained = sum(parameter.numel() for _, parameter in model.trainable_parameters())
     facts: dict[str, Any] = {
         "model": model_name(model),
         "loaded from": name or f"{embedded_default()} (the embedded default)",
         "parameters": f"{(frozen + trained) / 1e6:.2f} M: semantic encoder, frozen {frozen / 1e6:.2f} M; "
-        f"acoustic layer and decoder {trained / 1e6:.2f} M",
-        "semantic encoder": config.semantic_encoder["kind"],
+        f"{'VAE' if config.is_vae else 'acoustic layer'} and decoder {trained / 1e6:.2f} M",
+        "latent": "VAE, the mean of the posterior" if config.is_vae else "unified, semantic + acoustic",
+        "semantic encoder": config.semantic_encoder.get("kind", "none"),
         "decoder": f"{config.decoder_depth} blocks, width {config.decoder_embed_dim}, "
         f"intermediate {config.decoder_intermediate_size}",
         "sampling rate": f"{model.sampling_rate} Hz inside; {MIN_RATE} to {MAX_RATE} Hz in and out",

@@ -11,6 +11,8 @@ from dasheng_tokenizer.spectral import SAMPLES_PER_TOKEN
 
 LENGTH_MODES = ("exact", "published")
 
+LATENT_KINDS = ("unified", "vae")
+
 SEMANTIC_KINDS = ("dasheng", "whisper", "wavlm", "hubert", "wav2vec2")
 
 
@@ -19,6 +21,7 @@ class DashengTokenizerConfig(PreTrainedConfig):
 
     Args:
         embed_dim: width D of the latent; of the native Dasheng encoder too. None takes the semantic encoder's width.
+            With `latent_kind="vae"` the width around the bottleneck; None takes that of the decoder.
         depth: transformer blocks of the native Dasheng encoder.
         num_heads: attention heads of the native Dasheng encoder.
         decoder_embed_dim: width of the Vocos decoder.
@@ -37,6 +40,10 @@ class DashengTokenizerConfig(PreTrainedConfig):
         length_mode: "exact" gives ceil(n/640) tokens and sample-exact audio; "published" repeats the published token
             count ⌊(⌊n/160⌋ + 1)/4⌋ and its mirrored right end.
         provenance: free-form facts shown by `dasheng-tokenizer info` (training data, licence, date).
+        latent_kind: "unified" is the tokenizer; "vae" the baseline without a semantic encoder, see `vae`. Its
+            `semantic_encoder` is empty; `depth` and `num_heads` have no meaning for it.
+        vae_dim: width of the VAE's latent. 128 is that of EzAudio's (arXiv 2409.10819).
+        vae_depth: ConvNeXt blocks of the VAE's encoder, of the decoder's intermediate size.
 
     Raises:
         ConfigurationError: sizes that contradict each other, or an unknown kind.
@@ -61,10 +68,15 @@ class DashengTokenizerConfig(PreTrainedConfig):
         normalize_semantic: bool = False,
         length_mode: str = "exact",
         provenance: dict[str, Any] | None = None,
+        latent_kind: str = "unified",
+        vae_dim: int = 128,
+        vae_depth: int = 4,
         **kwargs: Any,
     ) -> None:
-        self.semantic_encoder = dict(semantic_encoder or {"kind": "dasheng"})
-        self.embed_dim = self._width(embed_dim)
+        self.latent_kind = latent_kind
+        default = {} if self.is_vae else {"kind": "dasheng"}
+        self.semantic_encoder: dict[str, Any] = dict(semantic_encoder or default)
+        self.embed_dim = (embed_dim or decoder_embed_dim) if self.is_vae else self._width(embed_dim)
         self.depth = depth
         self.num_heads = num_heads
         self.decoder_embed_dim = decoder_embed_dim
@@ -77,9 +89,16 @@ class DashengTokenizerConfig(PreTrainedConfig):
         self.hop_length = hop_length
         self.normalize_semantic = normalize_semantic
         self.length_mode = length_mode
+        self.vae_dim = vae_dim
+        self.vae_depth = vae_depth
         self.provenance = dict(provenance or {})
         self._check()
         super().__init__(**kwargs)
+
+    @property
+    def is_vae(self) -> bool:
+        """Whether this is the VAE baseline."""
+        return self.latent_kind == "vae"
 
     def _width(self, embed_dim: int | None) -> int:
         kind = self.semantic_encoder.get("kind")
@@ -113,5 +132,23 @@ class DashengTokenizerConfig(PreTrainedConfig):
             )
         if self.istft_n_fft % self.istft_hop or (self.istft_n_fft - self.istft_hop) % 2:
             raise ConfigurationError(f"istft_n_fft {self.istft_n_fft} must be a multiple of istft_hop {self.istft_hop}")
-        if self.semantic_encoder["kind"] == "dasheng" and self.embed_dim % self.num_heads:
+        if self.latent_kind not in LATENT_KINDS:
+            raise ConfigurationError(f"latent_kind {self.latent_kind!r} is not one of {', '.join(LATENT_KINDS)}")
+        if self.is_vae:
+            self._check_vae()
+        elif self.semantic_encoder["kind"] == "dasheng" and self.embed_dim % self.num_heads:
             raise ConfigurationError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+
+    def _check_vae(self) -> None:
+        if self.semantic_encoder or self.normalize_semantic:
+            raise ConfigurationError(
+                'latent_kind "vae" has no semantic encoder: leave out semantic_encoder (and semantic_weights, in a '
+                "recipe) and normalize_semantic"
+            )
+        if self.length_mode != "exact":
+            raise ConfigurationError('latent_kind "vae" is not published: it needs length_mode "exact"')
+        if self.vae_dim < 1 or self.vae_depth < 0 or self.embed_dim < 1:
+            raise ConfigurationError(
+                f"vae_dim {self.vae_dim} and embed_dim {self.embed_dim} must be at least 1, vae_depth {self.vae_depth} "
+                "at least 0"
+            )

@@ -47,6 +47,10 @@ class DataError(DashengTokenizerError, ValueError):
     """Training data that cannot be used: no audio found, a broken shard, a cache of another model."""
 
 
+class TextError(DashengTokenizerError, ValueError):
+    """A text that cannot be encoded: empty, too long, not a string, or damaged characters."""
+
+
 class OutputError(DashengTokenizerError, OSError):
     """An output that cannot be written: no permission, a full disk, or a file in the way."""
 

@@ -2,6 +2,8 @@
 
 audio (B,S) ─┬─ semantic encoder (frozen) ───────────► semantic (B,T,D) ─┐
              └─ log-mel ─ one linear layer ─ norm ───► acoustic (B,T,D) ─+─► unified (B,T,D) ─► decoder ─► audio
+
+With `latent_kind="vae"` the encoder is that of `vae`, and a linear layer brings its latent to the upsampler's width.
 """
 
 from __future__ import annotations
@@ -21,23 +23,18 @@ from transformers.utils.generic import ModelOutput
 from dasheng_tokenizer.checkpoints import load_strictly
 from dasheng_tokenizer.configuration import DashengTokenizerConfig
 from dasheng_tokenizer.decoder import VocosDecoder
-from dasheng_tokenizer.errors import AudioError, LatentError, MaskError
-from dasheng_tokenizer.semantic_encoder import (
-    FRAMES_PER_TOKEN,
-    FeatureNorm,
-    build_semantic_encoder,
-    linear_patches,
-    token_mask,
-)
+from dasheng_tokenizer.errors import AudioError, ConfigurationError, LatentError, MaskError
+from dasheng_tokenizer.injection import InjectionEncoder
+from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN, SemanticEncoder, token_mask
 from dasheng_tokenizer.spectral import (
     CONTEXT,
     SAMPLES_PER_TOKEN,
     SAMPLING_RATE,
     InverseSTFT,
-    MelSpectrogram,
     with_context,
     with_reflected_context,
 )
+from dasheng_tokenizer.vae import VAEEncoder
 
 if TYPE_CHECKING:
     from dasheng_tokenizer.token_file import AudioTokens
@@ -49,9 +46,9 @@ class DashengTokenizerOutput(ModelOutput):
 
     Attributes:
         audio: (B, S) reconstruction, float32, zero past each clip's end.
-        unified: (B, T, D) latent, semantic + acoustic.
-        semantic: (B, T, D) output of the frozen encoder, normalised if the configuration says so.
-        acoustic: (B, T, D) output of the acoustic layer.
+        unified: (B, T, D) latent: semantic + acoustic, or the posterior's mean in a VAE.
+        semantic: (B, T, D) output of the frozen encoder, normalised if the configuration says so; None in a VAE.
+        acoustic: (B, T, D) output of the acoustic layer; None in a VAE.
         token_mask: (B, T) bool, true for tokens that hold signal.
     """
 
@@ -60,38 +57,6 @@ class DashengTokenizerOutput(ModelOutput):
     semantic: Tensor | None = None
     acoustic: Tensor | None = None
     token_mask: Tensor | None = None
-
-
-class AcousticFrontEnd(nn.Module):
-    """Mel magnitude spectrogram of the acoustic layer, in natural logarithm."""
-
-    def __init__(self, n_mels: int) -> None:
-        super().__init__()
-        self.mel_spec = MelSpectrogram(n_fft=1024, n_mels=n_mels, power=1.0)
-
-    def forward(self, context_audio: Tensor, num_frames: int) -> Tensor:
-        """Context audio (see `spectral`) → (B, n_mels, num_frames)."""
-        return self.mel_spec(context_audio, num_frames).clamp(min=1e-7).log()  # (B, n_mels, num_frames)
-
-
-class InjectionEncoder(nn.Module):
-    """Both branches: `model` is the frozen semantic encoder, the rest is the acoustic layer that is injected."""
-
-    def __init__(self, config: DashengTokenizerConfig) -> None:
-        super().__init__()
-        self.model = build_semantic_encoder(config)
-        # The identity has no weights: the published layout stays as it is.
-        self.semantic_norm = FeatureNorm(config.embed_dim) if config.normalize_semantic else nn.Identity()
-        self.front_end = AcousticFrontEnd(config.n_mels_patch)
-        patch = (config.n_mels_patch, FRAMES_PER_TOKEN)
-        self.patch_embed = nn.Conv2d(1, config.embed_dim, kernel_size=patch, stride=patch)
-        self.norm = nn.LayerNorm(config.embed_dim, eps=1e-5)
-
-    def acoustic(self, context_audio: Tensor) -> Tensor:
-        """(B, CONTEXT + 640·T + CONTEXT) → (B, T, D)."""
-        length = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN
-        log_mel = self.front_end(context_audio, FRAMES_PER_TOKEN * length)  # (B, n_mels, 4T)
-        return self.norm(linear_patches(log_mel, self.patch_embed.weight, self.patch_embed.bias))  # (B, T, D)
 
 
 class DashengTokenizerModel(PreTrainedModel):
@@ -116,13 +81,16 @@ class DashengTokenizerModel(PreTrainedModel):
 
     def __init__(self, config: DashengTokenizerConfig) -> None:
         super().__init__(config)
-        self.encoder = InjectionEncoder(config)
+        self.encoder: InjectionEncoder | VAEEncoder
+        self.encoder = VAEEncoder(config) if config.is_vae else InjectionEncoder(config)
+        # The identity has no weights: the published layout stays as it is.
+        self.latent_projection = nn.Linear(config.vae_dim, config.embed_dim) if config.is_vae else nn.Identity()
         step = config.upsample_tokens
         self.upsampler = nn.ConvTranspose1d(config.embed_dim, config.embed_dim, kernel_size=step, stride=step)
         self.decoder = VocosDecoder(config)
         self._hash_cache: tuple[Any, str] = (None, "")
         self.post_init()
-        self.semantic_encoder.requires_grad_(False)
+        self.freeze_semantic_encoder()
         self.train(self.training)
 
     @classmethod
@@ -152,9 +120,8 @@ class DashengTokenizerModel(PreTrainedModel):
             AudioError: wrong rank, no samples, NaN or infinity.
             MaskError: wrong shape, holes, padding on the left, or a clip without a real sample.
         """
-        semantic, acoustic, tokens = self._encode_branches(audio, padding_mask)
-        mask = token_mask(tokens, acoustic.shape[1])  # (B, T)
-        unified = semantic + acoustic  # (B, T, D)
+        unified, semantic, acoustic, tokens = self._encode_parts(audio, padding_mask)  # (B, T, D) or None
+        mask = token_mask(tokens, unified.shape[1])  # (B, T)
         exact = self.config.length_mode == "exact"
         reconstruction = self._decode_masked(unified, tokens)[:, : audio.shape[-1] if exact else None]
         if exact and padding_mask is not None:
@@ -164,10 +131,10 @@ class DashengTokenizerModel(PreTrainedModel):
     def encode(self, audio: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(B, S) samples at 16 kHz → (B, T, D) unified embedding, T = ⌈S/640⌉; arguments and errors as `forward`.
 
-        Gradients reach the acoustic layer; wrap in `torch.no_grad()` where none are wanted.
+        Gradients reach the acoustic layer; wrap in `torch.no_grad()` where none are wanted. A VAE gives the mean of its
+        posterior.
         """
-        semantic, acoustic, _ = self._encode_branches(audio, padding_mask)
-        return semantic + acoustic
+        return self._encode_parts(audio, padding_mask)[0]
 
     def decode(self, latents: Tensor, num_samples: int | None = None) -> Tensor:
         """(B, T, D) → (B, num_samples) float32 samples at 16 kHz; 640·T of them when None.
@@ -218,36 +185,56 @@ class DashengTokenizerModel(PreTrainedModel):
     @property
     def latent_dim(self) -> int:
         """Width D of a token."""
-        return self.config.embed_dim
+        return self.config.vae_dim if self.config.is_vae else self.config.embed_dim
 
     @property
-    def semantic_encoder(self) -> nn.Module:
+    def injection(self) -> InjectionEncoder:
+        """Semantic and acoustic branch.
+
+        Raises:
+            ConfigurationError: a VAE, which has neither; so do all that ask for one of them.
+        """
+        if isinstance(self.encoder, VAEEncoder):
+            raise ConfigurationError(
+                'this model has latent_kind "vae" and so no semantic or acoustic embedding; use its latent, the '
+                "`unified` of the output"
+            )
+        return self.encoder
+
+    @property
+    def semantic_encoder(self) -> SemanticEncoder:
         """The frozen encoder."""
-        return self.encoder.model
+        return self.injection.model
 
     def encode_acoustic(self, context_audio: Tensor) -> Tensor:
         """Acoustic branch of context audio (see `spectral`): (B, 512 + 640·N + 512) → (B, N, D), with gradients."""
-        return self.encoder.acoustic(context_audio)
+        return self.injection.acoustic(context_audio)
 
     @torch.no_grad()
     def encode_features(self, context_audio: Tensor) -> Tensor:
         """Frozen encoder alone on context audio whose tokens are all real: (B, 512 + 640·N + 512) → (B, N, D)."""
         length = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN
         count = torch.full((len(context_audio),), length, device=context_audio.device)
-        return self.encoder.model(context_audio, count)
+        return self.semantic_encoder(context_audio, count)
 
     def encode_semantic(self, context_audio: Tensor) -> Tensor:
         """Semantic branch of context audio, `encode_features` normalised as configured; same shapes."""
-        return self.encoder.semantic_norm(self.encode_features(context_audio))
+        return self.injection.semantic_norm(self.encode_features(context_audio))
 
     def train(self, mode: bool = True) -> DashengTokenizerModel:
         """Training mode for all but the semantic encoder, which stays as it was trained."""
         super().train(mode)
-        self.encoder.model.eval()
+        if not self.config.is_vae:
+            self.semantic_encoder.eval()
         return self
 
+    def freeze_semantic_encoder(self) -> None:
+        """Its parameters need no gradient, where there is one."""
+        if not self.config.is_vae:
+            self.semantic_encoder.requires_grad_(False)
+
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of acoustic layer, upsampler and decoder."""
+        """Names and parameters of all but the semantic encoder."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def weights_hash(self) -> str:
@@ -264,22 +251,31 @@ class DashengTokenizerModel(PreTrainedModel):
 
     # ------------------------------------------------------------------ inside
 
-    def _encode_branches(self, audio: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Semantic and acoustic embeddings (B, T, D), zero past each clip's end, and token counts (B,)."""
+    def _encode_parts(
+        self, audio: Tensor, padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Latent (B, T, D), its semantic and acoustic parts (None in a VAE), zero past each end; token counts (B,)."""
         samples = _check_audio(audio, padding_mask)  # (B,)
         if self.config.length_mode == "published":
-            return self._encode_published(audio, samples)
+            semantic, acoustic, tokens = self._encode_published(audio, samples)
+            return semantic + acoustic, semantic, acoustic, tokens
         if padding_mask is not None:
             audio = audio.masked_fill(~padding_mask.bool(), 0.0)
         tokens = self.num_tokens(samples)  # (B,)
-        return self._encode_context(with_context(audio.float(), self.num_tokens(audio.shape[-1])), tokens)
+        context_audio = with_context(audio.float(), self.num_tokens(audio.shape[-1]))
+        if isinstance(self.encoder, VAEEncoder):
+            return self.encoder(context_audio, tokens).mean, None, None, tokens
+        semantic, acoustic, tokens = self._encode_context(context_audio, tokens)
+        return semantic + acoustic, semantic, acoustic, tokens
 
     def _encode_context(
         self, context_audio: Tensor, tokens: Tensor, level: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Semantic and acoustic embeddings (B, T, D), zero past each clip's end, and token counts (B,)."""
+        encoder = self.injection
         with torch.no_grad():
-            semantic = self.encoder.semantic_norm(self.encoder.model(context_audio, tokens, level))  # (B, T, D)
-        acoustic = self.encoder.acoustic(context_audio)  # (B, T, D)
+            semantic = encoder.semantic_norm(encoder.model(context_audio, tokens, level))  # (B, T, D)
+        acoustic = encoder.acoustic(context_audio)  # (B, T, D)
         hidden = ~token_mask(tokens, acoustic.shape[1])[..., None]  # (B, T, 1)
         return semantic.masked_fill(hidden, 0.0), acoustic.masked_fill(hidden, 0.0), tokens
 
@@ -297,7 +293,7 @@ class DashengTokenizerModel(PreTrainedModel):
             context = with_reflected_context(clip[None, :count].float(), int(tokens))
             # The published floor looks at every frame, also at those too few for a last token.
             frames = torch.tensor([1 + count // self.config.hop_length], device=audio.device)
-            level = self.encoder.model.level(context, frames)
+            level = self.semantic_encoder.level(context, frames)
             context = context[:, : int(tokens) * SAMPLES_PER_TOKEN + 2 * CONTEXT]
             parts.append(self._encode_context(context, tokens, level))
         semantic, acoustic = (
@@ -306,7 +302,7 @@ class DashengTokenizerModel(PreTrainedModel):
         return semantic, acoustic, torch.cat([part[2] for part in parts])
 
     def _decode(self, latents: Tensor) -> Tensor:
-        x = latents.to(self.upsampler.weight.dtype).transpose(1, 2)  # (B, D, T)
+        x = self.latent_projection(latents.to(self.upsampler.weight.dtype)).transpose(1, 2)  # (B, width, T)
         return self.decoder(self.upsampler(x).transpose(1, 2))  # (B, 640·T)
 
     def _decode_masked(self, latents: Tensor, tokens: Tensor) -> Tensor:

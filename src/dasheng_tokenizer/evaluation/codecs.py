@@ -220,8 +220,8 @@ def log_mel(audio: Samples) -> npt.NDArray[np.float32]:
     """What the acoustic encoder sees of a clip: (samples,) → (128, frames), natural logarithm, floor ln 1e-7."""
     import torch
 
+    from dasheng_tokenizer.injection import AcousticFrontEnd
     from dasheng_tokenizer.spectral import SAMPLES_PER_TOKEN, with_context
-    from dasheng_tokenizer.tokenizer import AcousticFrontEnd
 
     tokens = audio.size // SAMPLES_PER_TOKEN + 2  # more than cover the clip, so that its end is no edge
     context = with_context(torch.from_numpy(audio)[None], tokens)

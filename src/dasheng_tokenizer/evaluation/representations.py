@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from dasheng_tokenizer.checkpoints import new_tokenizer, read_weights
 from dasheng_tokenizer.configuration import SEMANTIC_KINDS
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError
+from dasheng_tokenizer.injection import AcousticFrontEnd
 from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN
 from dasheng_tokenizer.spectral import SAMPLES_PER_TOKEN, SAMPLING_RATE, with_context
-from dasheng_tokenizer.tokenizer import AcousticFrontEnd, DashengTokenizerModel
+from dasheng_tokenizer.tokenizer import DashengTokenizerModel
 from dasheng_tokenizer.training.semantic_cache import semantic_hash
 
 Samples = npt.NDArray[np.float32]
@@ -47,21 +48,32 @@ class Embedder(Protocol):
         ...
 
 
+def tokenizer_representations(model: DashengTokenizerModel) -> tuple[str, ...]:
+    """What a tokenizer has; the latent of a VAE goes by the name `unified`, and has no parts."""
+    return TOKENIZER_REPRESENTATIONS[:1] if model.config.is_vae else TOKENIZER_REPRESENTATIONS
+
+
+def check_representation(name: str, known: Sequence[str]) -> None:
+    """Raise a ConfigurationError for a name that is not known."""
+    if name not in known:
+        raise ConfigurationError(f"unknown representation {name!r}; this tokenizer has {', '.join(known)}")
+
+
 class TokenizerEmbedder:
-    """Unified, semantic and acoustic embedding of a tokenizer, from one pass over the audio."""
+    """Unified, semantic and acoustic embedding of a tokenizer, from one pass over the audio; of a VAE its latent."""
 
     seconds_per_frame = SAMPLES_PER_TOKEN / SAMPLING_RATE
 
-    def __init__(self, model: DashengTokenizerModel, names: Sequence[str] = TOKENIZER_REPRESENTATIONS) -> None:
-        """Args: the tokenizer, on its device, and which of its representations.
+    def __init__(self, model: DashengTokenizerModel, names: Sequence[str] | None = None) -> None:
+        """Args: the tokenizer, on its device, and which of its representations, all when None.
 
         Raises:
             ConfigurationError: a representation it does not have.
         """
+        known = tokenizer_representations(model)
+        names = known if names is None else names
         for name in names:
-            if name not in TOKENIZER_REPRESENTATIONS:
-                known = ", ".join(TOKENIZER_REPRESENTATIONS)
-                raise ConfigurationError(f"unknown representation {name!r}; a tokenizer has {known}")
+            check_representation(name, known)
         self.model = model.eval()
         self.names: tuple[str, ...] = tuple(names)
         self.identity = f"tokenizer {model.weights_hash()}"
@@ -72,10 +84,8 @@ class TokenizerEmbedder:
         audio = nn.utils.rnn.pad_sequence([torch.from_numpy(clip) for clip in clips], batch_first=True)  # (B, S)
         lengths = torch.tensor([len(clip) for clip in clips])
         mask = torch.arange(audio.shape[1]) < lengths[:, None]  # (B, S)
-        semantic, acoustic, tokens = self.model._encode_branches(
-            audio.to(self.model.device), mask.to(self.model.device)
-        )  # (B, T, D) each, (B,)
-        parts = {"unified": semantic + acoustic, "semantic": semantic, "acoustic": acoustic}
+        *held, tokens = self.model._encode_parts(audio.to(self.model.device), mask.to(self.model.device))
+        parts = dict(zip(TOKENIZER_REPRESENTATIONS, held, strict=True))  # (B, T, D) each
         return [
             {name: parts[name][row, :count].float().cpu() for name in self.names}
             for row, count in enumerate(tokens.tolist())

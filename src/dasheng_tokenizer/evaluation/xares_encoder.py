@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dasheng_tokenizer.errors import ConfigurationError
-from dasheng_tokenizer.evaluation.representations import TOKENIZER_REPRESENTATIONS
+from dasheng_tokenizer.evaluation.representations import (
+    TOKENIZER_REPRESENTATIONS,
+    check_representation,
+    tokenizer_representations,
+)
 from dasheng_tokenizer.spectral import SAMPLES_PER_TOKEN, SAMPLING_RATE
 from dasheng_tokenizer.tokenizer import DashengTokenizerModel
 
@@ -59,6 +63,7 @@ class DashengTokenizerEncoder(nn.Module):
         self.representation = name
         self.model = DashengTokenizerModel.from_pretrained(model or os.environ.get(MODEL_VARIABLE)).eval()
         self.model.requires_grad_(False)
+        check_representation(name, tokenizer_representations(self.model))
         self.output_dim = self.model.latent_dim
         self.__class__ = type(self._class_name(), (type(self),), {"__doc__": type(self).__doc__})
 
@@ -69,9 +74,10 @@ class DashengTokenizerEncoder(nn.Module):
         Raises:
             AudioError: wrong rank, no samples, NaN or infinity.
         """
-        semantic, acoustic, _ = self.model._encode_branches(audio, None)  # (B, T, D)
-        parts = {"unified": semantic + acoustic, "semantic": semantic, "acoustic": acoustic}
-        return parts[self.representation].float()  # (B, T, D)
+        parts = dict(zip(TOKENIZER_REPRESENTATIONS, self.model._encode_parts(audio, None), strict=False))
+        found = parts[self.representation]  # (B, T, D)
+        assert found is not None  # was checked when this was built
+        return found.float()
 
     def _class_name(self) -> str:
         identity = f"{self.model.weights_hash()} {self.model.config.length_mode}"

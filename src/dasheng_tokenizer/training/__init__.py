@@ -59,6 +59,8 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
 def build_model(config: TrainingConfig) -> DashengTokenizerModel:
     """Build the model that a recipe starts from: `init`, or fresh weights on the frozen encoder of `semantic_weights`.
 
+    A VAE has all its weights fresh.
+
     Raises:
         CheckpointError: weights that are missing or do not fit.
         ConfigurationError: settings that `DashengTokenizerConfig` refuses.

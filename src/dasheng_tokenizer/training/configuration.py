@@ -59,13 +59,14 @@ class OptimizerConfig:
 class LossWeights:
     """Weights of the terms of the generator's loss; a weight of 0 leaves the term uncomputed.
 
-    The defaults are those a later paper gives for this architecture; the STFT term is ours and off by
-    default.
+    The defaults are those a later paper gives for this architecture; the STFT term is ours and off by default. `kl` is
+    for a VAE only, `semantic` for all but a VAE; see docs/training.md for where 0.25 comes from.
     """
 
     mel: float = 45.0
     stft: float = 0.0
     semantic: float = 45.0
+    kl: float = 0.25
     adversarial: float = 1.0
     feature_matching: float = 1.0
 
@@ -157,7 +158,7 @@ class TrainingConfig(LoopConfig):
         loss_weights: weights of the loss terms.
         gan_start_step: first step that trains discriminators; at `steps` or later there are none.
         discriminator: which discriminators, and how they learn.
-        latent: what the decoder gets: `unified`, or one part of it for ablations and baselines.
+        latent: what the decoder gets: `unified`, or one part of it for ablations and baselines. A VAE has no parts.
         validation_clips: clips decoded at a validation, spread over the domains.
         validation_samples: of these, clips whose audio and spectrogram go to TensorBoard.
     """
@@ -179,6 +180,10 @@ class TrainingConfig(LoopConfig):
         _require(self.gan_start_step >= 0, f"gan_start_step must not be negative, not {self.gan_start_step}")
         _require(not (self.init and self.model), "`init` brings its own configuration: drop `model` or `init`")
         _require(not (self.init and self.semantic_weights), "`init` brings its own encoder: drop `semantic_weights`")
+        if self.model.get("latent_kind") == "vae":
+            some = self.semantic_weights is not None
+            _require(not some, "a VAE (model.latent_kind) has no semantic encoder: drop `semantic_weights`")
+            _require(self.latent == "unified", "a VAE (model.latent_kind) has no parts to decode: drop `latent`")
         if self.uses_gan:
             some = self.discriminator.multi_frequency or self.discriminator.multi_period
             _require(some, "the GAN needs discriminator.multi_frequency or multi_period, but both are off")

@@ -56,7 +56,8 @@ class DataConfig:
         batch_size: crops a step, over all processes together.
         gain_db: range that the loudness of a crop is changed by; less is used where a crop would clip.
         views: loudnesses that each clip is cached at, the original among them; 1 switches the change off.
-        cache: folder of cached audio and semantic embeddings; None streams the data and computes the embeddings online.
+        cache: folder of cached audio and semantic embeddings (for a VAE audio alone); None streams the data and
+            computes the embeddings online.
         workers: 0 loads each batch when it is asked for. With a cache, anything else loads ahead in one thread;
             without,
             it is the number of decoding processes, and part of what fixes the order of the data.
@@ -157,6 +158,8 @@ class CachedCrops:
         places = range(first + self._slice.start, first + self._slice.stop)
         crops = [self._crop(*divmod(place, len(self._visits))) for place in places]
         audio = torch.from_numpy(np.stack([crop[0] for crop in crops]))  # (b, 512 + 640·N + 512)
+        if self.cache.dim == 0:  # of audio alone
+            return Batch(audio, None)
         features = torch.from_numpy(np.stack([crop[1] for crop in crops])).float()  # (b, N, D)
         return Batch(audio, features)
 

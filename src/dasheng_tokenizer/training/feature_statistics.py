@@ -32,7 +32,7 @@ def set_feature_statistics(fabric: Fabric, model: DashengTokenizerModel, data: C
     Raises:
         ConfigurationError: the model does not normalise its features.
     """
-    norm = model.encoder.semantic_norm
+    norm = model.injection.semantic_norm
     if not isinstance(norm, FeatureNorm):
         raise ConfigurationError("this model takes its features as they are; set model.normalize_semantic: true")
     model.to(device=fabric.device)  # type: ignore[call-arg, arg-type]

@@ -4,7 +4,7 @@ Layout. One folder for each (semantic encoder, settings), named by their hash; i
 of the data, three files named by the shard and the hash of its content list:
 
     NAME.audio      int16 samples of all clips, one after the other
-    NAME.semantic   float16; for each clip its loudness views, (views, T, D)
+    NAME.semantic   float16; for each clip its loudness views, (views, T, D); empty in a cache of audio alone
     NAME.json       keys, lengths and gains; written last, so that its presence says the part is whole
 
 A killed preparation therefore repeats at most one part, and data that is added later costs only its own parts.
@@ -140,7 +140,7 @@ class SemanticCache:
 
 
 def prepare_cache(
-    model: SemanticModel,
+    model: SemanticModel | None,
     config: DataConfig,
     progress: bool = True,
     split: Literal["train", "valid"] = "train",
@@ -152,7 +152,8 @@ def prepare_cache(
     Several processes share the parts among them, and each returns when all parts are there.
 
     Args:
-        model: whose frozen semantic encoder is asked, on the device it is on.
+        model: whose frozen semantic encoder is asked, on the device it is on; None keeps audio alone, for a VAE. Crops
+            are the same with and without.
         config: `train` or `valid`, `cache`, `views`, `gain_db`, `crop_seconds` and `seed` matter.
         progress: show a bar.
         split: which list of sources.
@@ -187,8 +188,10 @@ def prepare_cache(
     return cache
 
 
-def semantic_hash(model: SemanticModel) -> str:
-    """SHA-256 over the frozen encoder's kind, settings and weights, in hex."""
+def semantic_hash(model: SemanticModel | None) -> str:
+    """SHA-256 over the frozen encoder's kind, settings and weights, in hex; without a model, that of nothing."""
+    if model is None:
+        return hashlib.sha256().hexdigest()
     digest = hashlib.sha256(type(model.semantic_encoder).__name__.encode())
     settings = getattr(getattr(model, "config", None), "semantic_encoder", None)
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -258,7 +261,7 @@ def _is_done(folder: Path, name: str) -> bool:
 
 
 def _write_part(
-    model: SemanticModel, config: DataConfig, shard: Shard, folder: Path, name: str, bar: tqdm[Any]
+    model: SemanticModel | None, config: DataConfig, shard: Shard, folder: Path, name: str, bar: tqdm[Any]
 ) -> None:
     report = SkipReport()
     clips: list[dict[str, Any]] = []
@@ -285,17 +288,21 @@ def _pieces(clip: Clip) -> Iterator[tuple[str, npt.NDArray[np.int16]]]:
 
 
 def _write_clip(
-    model: SemanticModel,
+    model: SemanticModel | None,
     config: DataConfig,
     key: str,
     audio: npt.NDArray[np.int16],
     audio_file: BinaryIO,
     semantic_file: BinaryIO,
 ) -> tuple[_CachedClip, int]:
-    """Append one clip; returns its row and the width D."""
+    """Append one clip; returns its row and the width D, 0 without a model."""
     tokens = max(math.ceil(len(audio) / SAMPLES_PER_TOKEN), config.crop_tokens)
     samples = audio.astype(np.float32) / FULL_SCALE
     gains = view_gains(key, float(np.abs(samples).max()), config)
+    audio_file.write(audio.tobytes())
+    cached = _CachedClip(key, len(audio), tokens, gains)
+    if model is None:
+        return cached, 0
     context = torch.from_numpy(crop_with_context(samples, 0, tokens))
     device = next((p.device for p in model.semantic_encoder.parameters()), torch.device("cpu"))
     views = torch.tensor(gains)[:, None] * context  # (views, 512 + 640·T + 512)
@@ -303,9 +310,8 @@ def _write_clip(
         semantic = model.encode_features(views.to(device)).to("cpu", torch.float16).numpy()  # (views, T, D)
     if not np.isfinite(semantic).all():
         raise DataError(f"{key}: its semantic embedding is not finite in float16; remove the clip or check the encoder")
-    audio_file.write(audio.tobytes())
     semantic_file.write(semantic.tobytes())
-    return _CachedClip(key, len(audio), tokens, gains), semantic.shape[-1]
+    return cached, semantic.shape[-1]
 
 
 def _map(path: Path, dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:

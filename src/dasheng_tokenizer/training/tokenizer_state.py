@@ -4,23 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from dasheng_tokenizer.errors import ConfigurationError
 from dasheng_tokenizer.tokenizer import DashengTokenizerModel
 from dasheng_tokenizer.training.configuration import DiscriminatorConfig, Latent, TrainingConfig
 from dasheng_tokenizer.training.data import Batch
 from dasheng_tokenizer.training.discriminators import MultiFrequencyDiscriminator, MultiPeriodDiscriminator
 from dasheng_tokenizer.training.losses import DiscriminatorOutput
 from dasheng_tokenizer.training.optimization import ExponentialMovingAverage, make_adamw
+from dasheng_tokenizer.vae import Posterior, VAEEncoder
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-Generated = tuple[Tensor, Tensor, Tensor]
-"""Acoustic and semantic embeddings (B, N, D) each, decoded audio (B, 640·N)."""
+
+class Generated(NamedTuple):
+    """What the generator makes of a batch.
+
+    Attributes:
+        audio: (B, 640·N) decoded.
+        acoustic: (B, N, D); None in a VAE.
+        semantic: (B, N, D); None in a VAE.
+        posterior: of (B, N, C) latents, of a VAE only.
+    """
+
+    audio: Tensor
+    acoustic: Tensor | None = None
+    semantic: Tensor | None = None
+    posterior: Posterior | None = None
 
 
 class Crops(Protocol):
@@ -41,15 +56,21 @@ class Generator(nn.Module):
         self.latent = latent
 
     def forward(self, audio: Tensor, features: Tensor | None) -> Generated:
-        """Context audio (B, 512 + 640·N + 512), cached features of the frozen encoder (B, N, D) or None."""
+        """Context audio (B, 512 + 640·N + 512), cached features of the frozen encoder (B, N, D) or None.
+
+        A VAE decodes a draw from its posterior, in eval mode the mean.
+        """
+        # Not `model.decode`: it refuses NaN, where training skips the step.
+        if isinstance(self.model.encoder, VAEEncoder):
+            posterior: Posterior = self.model.encoder(audio)
+            drawn = posterior.sample() if self.training else posterior.mean  # (B, N, C)
+            return Generated(self.model._decode(drawn), posterior=posterior)
         if features is None:
             features = self.model.encode_features(audio)  # (B, N, D)
-        semantic = self.model.encoder.semantic_norm(features)  # (B, N, D)
+        semantic = self.model.injection.semantic_norm(features)  # (B, N, D)
         acoustic = self.model.encode_acoustic(audio)  # (B, N, D)
         latent = select_latent(self.latent, semantic, acoustic)  # (B, N, D)
-        # Not `model.decode`: it refuses NaN, where training skips the step.
-        frames = self.model.upsampler(latent.transpose(1, 2)).transpose(1, 2)  # (B, 2N, D)
-        return acoustic, semantic, self.model.decoder(frames)  # audio (B, 640·N)
+        return Generated(self.model._decode(latent), acoustic, semantic)
 
 
 class Discriminators(nn.Module):
@@ -84,14 +105,20 @@ class TrainingState:
 def remove_injection(model: DashengTokenizerModel) -> None:
     """Make the acoustic embedding 0 for good, so that unified = semantic, in the saved model too."""
     with torch.no_grad():
-        for parameter in model.encoder.norm.parameters():
+        for parameter in model.injection.norm.parameters():
             parameter.zero_()
-    for module in (model.encoder.patch_embed, model.encoder.norm):
+    for module in (model.injection.patch_embed, model.injection.norm):
         module.requires_grad_(False)
 
 
 def make_state(fabric: Fabric, config: TrainingConfig, model: DashengTokenizerModel) -> TrainingState:
-    """Move a model to the devices of the run; build optimizers, moving average and discriminators."""
+    """Move a model to the devices of the run; build optimizers, moving average and discriminators.
+
+    Raises:
+        ConfigurationError: a part of the embedding is to be decoded that the model does not have.
+    """
+    if model.config.is_vae and config.latent != "unified":
+        raise ConfigurationError(f"the model of `init` is a VAE, which has no {config.latent} part: drop `latent`")
     if config.latent == "semantic":
         remove_injection(model)
     model.train()
@@ -112,6 +139,8 @@ def make_state(fabric: Fabric, config: TrainingConfig, model: DashengTokenizerMo
 def open_data(fabric: Fabric, config: TrainingConfig, model: DashengTokenizerModel) -> Crops:
     """Open the data of a recipe; with `data.cache`, embed all clips first, as far as that was not done before.
 
+    For a VAE, which has no frozen features, the cache holds decoded audio alone.
+
     Raises:
         DataError: no usable audio, or a cache of another model.
         OutputError: the cache cannot be written.
@@ -123,7 +152,8 @@ def open_data(fabric: Fabric, config: TrainingConfig, model: DashengTokenizerMod
     if config.data.cache is None:
         return StreamedCrops(config.data, config.seed, rank, world_size)
     model.to(device=fabric.device)  # type: ignore[call-arg, arg-type]
-    cache = prepare_cache(model, config.data, progress=rank == 0, rank=rank, world_size=world_size)
+    embedding = None if model.config.is_vae else model
+    cache = prepare_cache(embedding, config.data, progress=rank == 0, rank=rank, world_size=world_size)
     return CachedCrops(cache, config.data, config.seed, rank, world_size)
 
 

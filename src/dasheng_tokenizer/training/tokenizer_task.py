@@ -2,7 +2,7 @@
 
 A step decodes the unified embedding of a batch of crops, lets the discriminators learn to tell it from the original
 (once the GAN has started), and then moves the acoustic layer, the upsampler and the decoder. The semantic encoder
-never moves.
+never moves. A VAE, which has none, goes the same way with all of its encoder.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ MODEL_IDENTITY = (
 )
 """Fields of the model's configuration that give its weights their shapes."""
 
+VAE_IDENTITY = ("latent_kind", "vae_dim", "vae_depth")
+"""More of them, in a VAE. Checkpoints of other models do not name them."""
+
 
 class TokenizerTask:
     """The tokenizer as a `loop.Task`."""
@@ -83,10 +86,11 @@ class TokenizerTask:
         """Settings that a resumed run must share: shapes of weights, and how crops are drawn. Data may move."""
         config = self.config
         model = self.state.model.config.to_dict()
+        fields = MODEL_IDENTITY + (VAE_IDENTITY if self.state.model.config.is_vae else ())
         drawn = ("crop_seconds", "batch_size", "gain_db", "views", "seed")
         plain = to_plain(config.data)
         return {
-            **{f"model.{name}": model[name] for name in MODEL_IDENTITY},
+            **{f"model.{name}": model[name] for name in fields},
             **{f"data.{name}": plain[name] for name in drawn},
             "seed": config.seed,
             "latent": config.latent,
@@ -130,7 +134,7 @@ class TokenizerTask:
         total = torch.zeros((), device=self.fabric.device)
         for index, part in enumerate(parts):
             with torch.no_grad():
-                audio = (generated or self._generate(part))[2].detach()
+                audio = (generated or self._generate(part)).audio.detach()
             with self._accumulating(state.discriminators, index, parts):
                 # One pass over both halves: DDP allows one forward for each backward.
                 outputs = state.discriminators(torch.cat([part.target, audio]))
@@ -169,15 +173,18 @@ class TokenizerTask:
     def generator_losses(self, part: Batch, generated: Generated, adversarial: bool) -> dict[str, Tensor]:
         """Terms of the objective, unweighted, and their weighted sum as `loss`."""
         weights = self.config.loss_weights
-        acoustic, semantic, audio = generated
+        audio = generated.audio
         spectra = SpectraPair(audio, part.target)  # shared by both spectral losses
         losses: dict[str, Tensor] = {}
         if weights.mel:
             losses["mel"] = self.mel.from_spectra(spectra)
         if weights.stft:
             losses["stft"] = self.stft.from_spectra(spectra)
-        if weights.semantic and self.config.latent != "semantic":
+        acoustic, semantic = generated.acoustic, generated.semantic
+        if weights.semantic and self.config.latent != "semantic" and acoustic is not None and semantic is not None:
             losses["semantic"] = semantic_preservation_loss(acoustic, semantic)
+        if weights.kl and generated.posterior is not None:
+            losses["kl"] = generated.posterior.kl().mean()
         if adversarial:
             real, fake = self._judge(part.target, audio)
             if weights.adversarial:
@@ -202,7 +209,8 @@ class TokenizerTask:
         """
         if self.fabric.is_global_zero:
             model = self.state.model
-            model.config.provenance = {**model.config.provenance, "latent": self.config.latent, **summary}
+            latent = model.config.latent_kind if model.config.is_vae else self.config.latent
+            model.config.provenance = {**model.config.provenance, "latent": latent, **summary}
             with self.state.average.applied():
                 save_model(model, self.config.output / "model")
 

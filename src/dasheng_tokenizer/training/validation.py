@@ -17,6 +17,7 @@ from dasheng_tokenizer.training.data import ValidationClip, validation_clips
 from dasheng_tokenizer.training.losses import MultiScaleMelLoss
 from dasheng_tokenizer.training.run_log import RunLog
 from dasheng_tokenizer.training.tokenizer_state import select_latent
+from dasheng_tokenizer.vae import Posterior, VAEEncoder
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -40,7 +41,8 @@ def validate(
 
     Returns:
         Means over clips: `mel` (7-scale mel distance) over all and `mel_DOMAIN` for each domain; for speech `pesq_wb`
-        and `stoi` where those packages are installed. Empty where there are no held-out clips.
+        and `stoi` where those packages are installed; of a VAE `kl`, nats per latent number. Empty where there are no
+        held-out clips.
     """
     clips = validation_clips(config.data, config.validation_clips)
     mel = MultiScaleMelLoss().to(fabric.device)
@@ -50,8 +52,8 @@ def validate(
     for index in range(fabric.global_rank, len(clips), fabric.world_size):
         clip = clips[index]
         original = torch.from_numpy(np.ascontiguousarray(clip.audio)).float()
-        decoded = _reconstruct(fabric, model, config, original.to(fabric.device))
-        row = {"mel": float(mel(decoded[None], original.to(fabric.device)[None]))}
+        decoded, kl = _reconstruct(fabric, model, config, original.to(fabric.device))
+        row = {"mel": float(mel(decoded[None], original.to(fabric.device)[None])), **kl}
         row[f"mel_{clip.domain}"] = row["mel"]
         if clip.domain == "speech":
             row |= speech_quality(original.numpy(), decoded.cpu().numpy(), model.sampling_rate)
@@ -103,12 +105,19 @@ def spectrogram_figure(original: Samples, decoded: Samples, sampling_rate: int) 
     return figure
 
 
-def _reconstruct(fabric: Fabric, model: DashengTokenizerModel, config: TrainingConfig, audio: Tensor) -> Tensor:
-    """(S,) → (S,), through the embedding that this run trains."""
+def _reconstruct(
+    fabric: Fabric, model: DashengTokenizerModel, config: TrainingConfig, audio: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """(S,) → (S,), through the embedding that this run trains, or the mean of a VAE; and the divergence of a VAE."""
     context = with_context(audio[None], model.num_tokens(len(audio)))  # (1, 512 + 640·T + 512)
     with fabric.autocast():
-        latent = select_latent(config.latent, model.encode_semantic(context), model.encode_acoustic(context))
-        return model.decode(latent, num_samples=len(audio))[0].float()
+        kl: dict[str, float] = {}
+        if isinstance(model.encoder, VAEEncoder):
+            posterior: Posterior = model.encoder(context)
+            latent, kl = posterior.mean, {"kl": float(posterior.kl().mean())}
+        else:
+            latent = select_latent(config.latent, model.encode_semantic(context), model.encode_acoustic(context))
+        return model.decode(latent, num_samples=len(audio))[0].float(), kl
 
 
 def _is_sample(index: int, count: int, samples: int) -> bool:

@@ -1,0 +1,259 @@
+"""What a folder of latents says about itself: files, index, mean and standard deviation of its tokens.
+
+Layout, written by `latent_writer.encode_latents` and read by `latent_dataset.LatentDataset`:
+
+    encoding.json               what is encoded: model, options, digest of the sources; written first
+    latents-00000.safetensors   for each clip a tensor (T, C), named by its place in the shard: `000000`, `000001`, …
+    latents-00000.jsonl         for each clip a line with its key, captions and labels
+    latents-00000.json          token counts, statistics, what was skipped, where the sources go on; written last of
+                                the three, so that its presence says that the shard is whole
+    index.json                  the sum of all shards; its presence says that the data set is complete
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dasheng_tokenizer.errors import DataError, ModelMismatchError
+from dasheng_tokenizer.files import atomic_path
+
+FORMAT = "dasheng-tokenizer-latents"
+VERSION = 1
+
+ENCODING = "encoding.json"
+INDEX = "index.json"
+
+
+def shard_stem(number: int) -> str:
+    """Name of the files of a shard, without suffix."""
+    return f"latents-{number:05d}"
+
+
+def tensor_name(row: int) -> str:
+    """Name of the tensor of a clip in its shard. Keys would not do: two sources may use the same one."""
+    return f"{row:06d}"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStatistics:
+    """Mean and spread of tokens, such that those of two sets give those of both.
+
+    Attributes:
+        count: tokens.
+        mean: (C,) float64.
+        squares: (C,) float64, sum of squared deviations from the mean.
+    """
+
+    count: int
+    mean: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> TokenStatistics:
+        """Statistics of (N, C) tokens of any number type, N ≥ 0."""
+        exact = tokens.double()
+        if not len(exact):
+            zeros = exact.new_zeros(exact.shape[1])
+            return cls(0, zeros, zeros)
+        mean = exact.mean(0)
+        return cls(len(exact), mean, (exact - mean).square().sum(0))
+
+    def merge(self, other: TokenStatistics) -> TokenStatistics:
+        """Statistics of both sets together (Chan, Golub, LeVeque 1983: no difference of large sums)."""
+        count = self.count + other.count
+        if not count:
+            return self
+        shift = other.mean - self.mean
+        mean = self.mean + shift * (other.count / count)
+        squares = self.squares + other.squares + shift.square() * (self.count * other.count / count)
+        return TokenStatistics(count, mean, squares)
+
+    @property
+    def std(self) -> Tensor:
+        """(C,) float64 population standard deviation; 0 where a dimension never changes."""
+        return (self.squares / max(self.count, 1)).sqrt()
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain numbers; JSON keeps every bit of a float64."""
+        return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
+
+    @classmethod
+    def from_json(cls, held: dict[str, Any]) -> TokenStatistics:
+        """Undo `to_json`."""
+        mean, squares = (torch.tensor(held[name], dtype=torch.float64) for name in ("mean", "squares"))
+        return cls(int(held["count"]), mean, squares)
+
+
+@dataclass(frozen=True, eq=False)
+class LatentIndex:
+    """Summary of a complete data set.
+
+    Attributes:
+        model_hash: `weights_hash()` of the tokenizer whose latents these are.
+        tokenizer: name that it was loaded by, for people and for loading it again; the hash decides.
+        latent_dim: C.
+        frame_rate: tokens a second.
+        statistics: of all tokens, as stored.
+        clips: items; a clip that was cut counts once for each of its windows.
+        hours: of audio, without padding.
+        skipped: what was left out, with reasons.
+        shards: files of latents.
+        options: that the latents were made with.
+    """
+
+    model_hash: str
+    tokenizer: str
+    latent_dim: int
+    frame_rate: float
+    statistics: TokenStatistics
+    clips: int
+    hours: float
+    skipped: dict[str, str]
+    shards: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all clips."""
+        return self.statistics.count
+
+    @property
+    def mean(self) -> Tensor:
+        """(C,) float32."""
+        return self.statistics.mean.float()
+
+    @property
+    def std(self) -> Tensor:
+        """(C,) float32; 0 where a dimension never changes."""
+        return self.statistics.std.float()
+
+    def save(self, folder: str | Path) -> None:
+        """Write `index.json`; it appears whole or not at all.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        held = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model_hash": self.model_hash,
+            "tokenizer": self.tokenizer,
+            "latent_dim": self.latent_dim,
+            "frame_rate": self.frame_rate,
+            "clips": self.clips,
+            "hours": self.hours,
+            "tokens": self.tokens,
+            "shards": self.shards,
+            "options": self.options,
+            "skipped": self.skipped,
+            "mean": self.statistics.mean.tolist(),
+            "std": self.statistics.std.tolist(),
+        }
+        write_json(Path(folder) / INDEX, held, indent=1)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> LatentIndex:
+        """Read `index.json`.
+
+        Raises:
+            DataError: no data set, one that is not complete, a damaged one, or one of another version.
+        """
+        path = Path(folder) / INDEX
+        if not path.is_file():
+            if (path.parent / ENCODING).is_file():
+                raise DataError(f"{folder} is not complete; run the same `encode-dataset` again, it goes on from there")
+            raise DataError(f"{folder} holds no latents ({INDEX} is missing); make them with `encode-dataset`")
+        held = read_json(path)
+        if held.get("format") != FORMAT or held.get("version") != VERSION:
+            raise DataError(
+                f"{path} is of format {held.get('format')}, version {held.get('version')}; this package reads "
+                f"{FORMAT}, version {VERSION}; encode the data again or update the package"
+            )
+        try:
+            index = cls(
+                held["model_hash"],
+                held["tokenizer"],
+                held["latent_dim"],
+                held["frame_rate"],
+                _statistics(held),
+                held["clips"],
+                held["hours"],
+                held["skipped"],
+                held["shards"],
+                held["options"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is damaged ({error!r}); {AGAIN}") from error
+        if index.latent_dim != len(index.mean) or not bool(torch.isfinite(index.mean + index.std).all()):
+            raise DataError(f"{path} is damaged: mean and standard deviation do not fit; {AGAIN}")
+        return index
+
+
+AGAIN = "copy the folder again, or encode the data again with --overwrite"
+
+
+def _statistics(held: dict[str, Any]) -> TokenStatistics:
+    mean, std = (torch.tensor(held[name], dtype=torch.float64) for name in ("mean", "std"))
+    return TokenStatistics(held["tokens"], mean, std.square() * held["tokens"])
+
+
+def joined_index(folders: Sequence[Path], indices: Sequence[LatentIndex]) -> LatentIndex:
+    """The index of several data sets read as one.
+
+    Raises:
+        ModelMismatchError: they hold latents of different models.
+    """
+    first, statistics = indices[0], indices[0].statistics
+    for folder, index in zip(folders[1:], indices[1:], strict=True):
+        if (index.model_hash, index.latent_dim) != (first.model_hash, first.latent_dim):
+            raise ModelMismatchError(
+                f"{folder} holds latents of {index.tokenizer} (weights {index.model_hash[:12]}), {folders[0]} those of "
+                f"{first.tokenizer} (weights {first.model_hash[:12]}); join only latents of one model"
+            )
+        statistics = statistics.merge(index.statistics)
+    if len(indices) == 1:
+        return first
+    return LatentIndex(
+        first.model_hash,
+        first.tokenizer,
+        first.latent_dim,
+        first.frame_rate,
+        statistics,
+        clips=sum(index.clips for index in indices),
+        hours=math.fsum(index.hours for index in indices),
+        skipped={f"{f}: {name}": why for f, i in zip(folders, indices, strict=True) for name, why in i.skipped.items()},
+        shards=sum(index.shards for index in indices),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        DataError: missing or damaged.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is missing or damaged; {AGAIN}") from error
+    if not isinstance(held, dict):
+        raise DataError(f"{path} is damaged; {AGAIN}")
+    return held
+
+
+def write_json(path: Path, held: dict[str, Any], indent: int | None = None) -> None:
+    """Write a JSON object; the file appears whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(held, indent=indent), encoding="utf-8")

@@ -1,0 +1,223 @@
+"""Text to audio in one object: text encoder, generator and tokenizer that belong together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from dasheng_tokenizer.audio import Array, save_audio
+from dasheng_tokenizer.chunking import decode_blocks, model_name
+from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, ModelMismatchError
+from dasheng_tokenizer.generation.flow_matching import Method, Progress
+from dasheng_tokenizer.generation.generator import GUIDANCE, STEPS, SWAY, Generator
+from dasheng_tokenizer.generation.text_cache import CachedTextEncoder
+from dasheng_tokenizer.generation.text_encoders import TextEncoder, checked_texts, load_text_encoder
+from dasheng_tokenizer.tokenizer import DashengTokenizerModel
+
+BATCH_SIZE = 8
+"""Clips sampled at once."""
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratedAudio:
+    """A generated clip.
+
+    Attributes:
+        audio: (S,) float32 samples, full scale 1; may pass it a little.
+        sampling_rate: Hz.
+        text: what was asked for.
+        seed: of the noise.
+        seconds: length asked for; S is that times the sampling rate, rounded.
+    """
+
+    audio: Array
+    sampling_rate: int
+    text: str
+    seed: int
+    seconds: float
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = True) -> None:
+        """Write an audio file; see `save_audio`."""
+        save_audio(path, self.audio, self.sampling_rate, overwrite=overwrite)
+
+
+class TextToAudioPipeline:
+    """Texts → audio.
+
+        pipeline = TextToAudioPipeline.from_pretrained("runs/generator/model")
+        for clip in pipeline(["a dog barks twice", "rain on a tin roof"], seconds=5, seed=1):
+            clip.save(f"{clip.text}.wav")
+
+    Args:
+        generator: stays on its device.
+        tokenizer: that of the generator; stays on its device.
+        text_encoder: that of the generator.
+
+    Raises:
+        ModelMismatchError: the tokenizer or the text encoder is not the one that the generator was trained with.
+    """
+
+    def __init__(self, generator: Generator, tokenizer: DashengTokenizerModel, text_encoder: TextEncoder) -> None:
+        check_tokenizer(generator, tokenizer)
+        check_text_encoder(generator, text_encoder)
+        self.generator, self.tokenizer, self.text_encoder = generator, tokenizer, text_encoder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        generator: str | os.PathLike[str] | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
+        device: str | None = None,
+    ) -> TextToAudioPipeline:
+        """Load all three parts.
+
+        Args:
+            generator: folder; None: the one that ships with the package.
+            tokenizer: folder or hub name; None: the one that the generator names.
+            text_encoder: folder or hub name; None: the one that the generator names.
+            device: as torch writes it; None: CUDA where there is one.
+
+        Raises:
+            CheckpointError: a part cannot be loaded.
+            ModelMismatchError: tokenizer or text encoder do not belong to the generator.
+            ConfigurationError: there is no such device.
+            MissingExtraError: the text encoder needs the extra `generate`.
+        """
+        from dasheng_tokenizer.cli_audio import load_model
+
+        model = Generator.from_pretrained(generator)
+        wanted = model.info.tokenizer if tokenizer is None else os.fspath(tokenizer)
+        try:
+            codec = load_model(wanted, device, None)
+        except CheckpointError as error:
+            if tokenizer is not None:
+                raise
+            raise CheckpointError(
+                f"the generator's tokenizer cannot be loaded: {error}. Name the folder where it is now (--tokenizer); "
+                f"its weights hash is {model.info.tokenizer_hash}"
+            ) from error
+        check_tokenizer(model, codec)  # before more time is spent
+        words = model.info.text_encoder if text_encoder is None else os.fspath(text_encoder)
+        encoder = load_text_encoder(words, codec.device)
+        return cls(model.to(codec.device), codec, CachedTextEncoder(encoder))
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        seconds: float | Sequence[float] | None = None,
+        *,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
+        method: Method = "euler",
+        sway: float = SWAY,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = BATCH_SIZE,
+        progress: Progress | None = None,
+    ) -> list[GeneratedAudio]:
+        """Generate one clip a text. It depends on its text, length, seed and the settings, not on the other clips.
+
+        Args:
+            texts: one or several; English for the default text encoder.
+            seconds: length of all clips, or of each; None: the generator's typical length.
+            steps: of the sampler.
+            guidance: 1 follows the text, above it exaggerates it, 0 ignores it (unconditional).
+            method: "euler", or "midpoint" at twice the cost a step.
+            sway: see `flow_matching.timestep_schedule`.
+            seed: of the noise of all clips, or of each. The same text and seed give the same clip.
+            batch_size: clips sampled at once; bounds the memory.
+            progress: called with steps done and steps in all.
+
+        Raises:
+            TextError: an empty text, one of more than 10,000 characters, or no string.
+            ConfigurationError: a setting out of range.
+            LatentError: the sampler ended in NaN.
+        """
+        texts = checked_texts([texts] if isinstance(texts, str) else texts)
+        lengths = _for_each(self.generator.info.default_seconds if seconds is None else seconds, len(texts), "seconds")
+        seeds = _for_each(seed, len(texts), "seeds")
+        counts = [self._num_samples(length) for length in lengths]
+        if batch_size < 1:
+            raise ConfigurationError(f"batch size {batch_size} must be at least 1")
+        batches = [range(start, min(start + batch_size, len(texts))) for start in range(0, len(texts), batch_size)]
+        clips: list[GeneratedAudio] = []
+        for number, batch in enumerate(batches):
+
+            def show(done: int, total: int, before: int = number * steps) -> None:
+                if progress is not None:
+                    progress(before + done, total * len(batches))
+
+            latents = self.generator.sample(
+                self.text_encoder([texts[index] for index in batch]),
+                [-(-counts[index] // self.tokenizer.hop_length) for index in batch],
+                seeds=[seeds[index] for index in batch],
+                steps=steps,
+                guidance=guidance,
+                method=method,
+                sway=sway,
+                progress=show,
+            )
+            for index, clip in zip(batch, latents, strict=True):
+                audio = self._decode(clip, counts[index])
+                rate = int(self.tokenizer.sampling_rate)
+                clips.append(GeneratedAudio(audio, rate, texts[index], seeds[index], lengths[index]))
+        return clips
+
+    def _num_samples(self, seconds: float) -> int:
+        limit = self.generator.info.max_seconds
+        if not 0 < seconds <= limit:
+            raise ConfigurationError(
+                f"{seconds:g} seconds: this generator makes clips above 0 and up to {limit:g} seconds"
+            )
+        return max(1, round(seconds * self.tokenizer.sampling_rate))
+
+    def _decode(self, latents: Tensor, num_samples: int) -> Array:
+        """(T, C) → (num_samples,); block by block, so that long clips take no more memory than short ones."""
+        pieces = list(decode_blocks(self.tokenizer, latents[None]))
+        return np.concatenate(pieces, axis=1)[0, :num_samples]
+
+
+def check_tokenizer(generator: Generator, tokenizer: DashengTokenizerModel) -> None:
+    """Refuse a tokenizer other than the generator's.
+
+    Raises:
+        ModelMismatchError: saying which one is needed.
+    """
+    info, found = generator.info, tokenizer.weights_hash()
+    if found != info.tokenizer_hash:
+        raise ModelMismatchError(
+            f"this generator makes latents of the tokenizer {info.tokenizer or 'embedded in the package'} (weights "
+            f"{info.tokenizer_hash[:12]}…), but {model_name(tokenizer)} (weights {found[:12]}…) was given; name the "
+            "right one (--tokenizer), or train a generator on latents of this one"
+        )
+
+
+def check_text_encoder(generator: Generator, text_encoder: TextEncoder) -> None:
+    """Refuse a text encoder other than the generator's.
+
+    Raises:
+        ModelMismatchError: saying which one is needed.
+    """
+    info, width = generator.info, generator.dit.config.text_dim
+    if text_encoder.identity != info.text_identity or text_encoder.width != width:
+        raise ModelMismatchError(
+            f"this generator was trained with the text encoder {info.text_encoder or 'that is the default'} (width "
+            f"{width}, identity {info.text_identity[:12]}…), but one of width {text_encoder.width} and identity "
+            f"{text_encoder.identity[:12]}… was given; name the right one"
+        )
+
+
+def _for_each(value: Value | Sequence[Value], count: int, what: str) -> list[Value]:
+    """One value for all, or one each."""
+    if isinstance(value, Sequence):
+        if len(value) != count:
+            raise ConfigurationError(f"{len(value)} {what} for {count} texts; give one for all, or one for each")
+        return list(value)
+    return [value] * count
