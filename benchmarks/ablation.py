@@ -80,9 +80,7 @@ def main() -> None:
         scores += probe_variant(name, run, suite, store)
     held = by_representation(scores)
     names = [name for name, *_ in options.variant]
-    notes = []
-    for name in names:
-        notes += [f"{name}: {text}" for text in injection_sentences(held, f"unified, {name}")[-1:]]
+    notes = [text for name in names for text in injection_sentences(held, f"unified, {name}")[-1:]]
     Report(
         title=options.title,
         command=shlex.join(["python", "benchmarks/ablation.py", *sys.argv[1:]]),
