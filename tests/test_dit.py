@@ -104,14 +104,14 @@ def test_every_input_matters() -> None:
 
 @torch.no_grad()
 def test_any_length_runs() -> None:
-    """Four minutes of tokens, with a mask and without; no length limit is stored anywhere."""
+    """A minute of tokens, with a mask and without; no length limit is stored anywhere."""
     model = MODELS["plain"]
-    latents, t, text = inputs(1, 6_000)
+    latents, t, text = inputs(1, 1_500)
     velocity = model(latents, t, text)
     assert torch.isfinite(velocity).all()
-    masked = model(latents, t, text, None, mask_of([5_000], 6_000))
-    torch.testing.assert_close(masked[:, :5_000], model(latents[:, :5_000], t, text), rtol=0, atol=1e-5)
-    assert all(6_000 not in tensor.shape for tensor in model.state_dict().values())
+    masked = model(latents, t, text, None, mask_of([1_200], 1_500))
+    torch.testing.assert_close(masked[:, :1_200], model(latents[:, :1_200], t, text), rtol=0, atol=1e-5)
+    assert all(1_500 not in tensor.shape for tensor in model.state_dict().values())
 
 
 @pytest.mark.parametrize("start", [0, 17, 4_000])
@@ -179,9 +179,9 @@ def test_a_few_steps_learn_what_each_text_asks_for() -> None:
     latents, t, text = inputs(1, 5)
     latents, t = latents.repeat(2, 1, 1), t.repeat(2)
     text, target = noise(2, 3, 10, seed=3), noise(2, 5, 12, seed=4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
-    for _ in range(80):
+    for _ in range(50):
         loss = (model(latents, t, text) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -253,7 +253,7 @@ def test_weights_in_bfloat16() -> None:
 def test_onnx_export_with_dynamic_shapes(tmp_path: Any) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    model, names = MODELS["skips"].eval(), ["latents", "t", "text", "text_mask", "token_mask"]
+    model, names = awake(dataclasses.replace(SKIPS, depth=2)), ["latents", "t", "text", "text_mask", "token_mask"]
     batch, tokens, words = (torch.export.Dim(name, min=1) for name in ("batch", "tokens", "words"))
     shapes = [{0: batch, 1: tokens}, {0: batch}, {0: batch, 1: words}, {0: batch, 1: words}, {0: batch, 1: tokens}]
     example = (*inputs(2, 9, 5), mask_of([5, 4], 5), mask_of([9, 6], 9))

@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader
 from conftest import tiny
 from dasheng_tokenizer.cli import main
 from dasheng_tokenizer.errors import ConfigurationError, DataError, LatentError, ModelMismatchError, OutputError
-from dasheng_tokenizer.generation import latent_writer
 from dasheng_tokenizer.generation.latent_dataset import LatentDataset
 from dasheng_tokenizer.generation.latent_index import LatentIndex, TokenStatistics
 from dasheng_tokenizer.generation.latent_sources import captions_of, equal_spans
@@ -186,7 +185,8 @@ def test_statistics_hold_far_from_zero() -> None:
 
 def test_number_types(tmp_path: Path) -> None:
     sources = corpus(tmp_path, broken=False)
-    exact, stored = ({}, {})  # type: tuple[dict[str, LatentDataset], dict[str, torch.dtype]]
+    exact: dict[str, LatentDataset] = {}
+    stored: dict[str, torch.dtype] = {}
     for dtype in ("float32", "float16", "bfloat16"):
         encode(sources, tmp_path / dtype, dtype=dtype, shard_megabytes=1)
         exact[dtype] = LatentDataset(tmp_path / dtype)
@@ -446,7 +446,8 @@ def test_latents_of_another_model_are_refused(tmp_path: Path) -> None:
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no latents"):
         LatentDataset(tmp_path)
-    encode(corpus(tmp_path / "data"), tmp_path / "z")
+    sources = corpus(tmp_path / "data")
+    encode(sources, tmp_path / "z")
     for name, cut in (("latents-00001.safetensors", 100), ("latents-00001.jsonl", 150)):
         path = tmp_path / "z" / name
         held = path.read_bytes()
@@ -461,7 +462,12 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
         (tmp_path / "z" / name).write_bytes(held[:-9])
         with pytest.raises(DataError, match=f"{name} is missing or damaged"):
             LatentDataset(tmp_path / "z")
-        (tmp_path / "z" / name).write_bytes(held)
+        if name == "latents-00001.json":
+            (tmp_path / "z" / name).write_bytes(held)
+    with pytest.raises(DataError, match="--overwrite"):
+        encode(sources, tmp_path / "z")
+    encode(sources, tmp_path / "z", overwrite=True)
+    assert (tmp_path / "z" / "index.json").read_bytes() == held
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -476,6 +482,7 @@ def test_items_are_found_by_place_and_are_copies(tmp_path: Path) -> None:
         item = data[int(i)]
         assert item.key == in_order[i].key and torch.equal(item.latents, in_order[i].latents)
         assert len(item.latents) == data.num_tokens[i]
+        assert data.description(int(i)) == (item.key, item.captions, item.labels)
         item.latents.zero_()
     assert data[-1].key == in_order[-1].key == "long@32000" and data[-1].latents.abs().sum() > 0
     for beyond in (len(data), -len(data) - 1):
@@ -560,7 +567,7 @@ def test_wrong_usage_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_clips_of_the_real_corpus(shared: Path, tmp_path: Path) -> None:
     members: dict[str, bytes] = {}
     with tarfile.open(shared / "corpus" / "instrument-valid-000.tar") as tar:
-        for info in tar.getmembers()[:12]:
+        for info in tar.getmembers()[:10]:
             file = tar.extractfile(info)
             assert file is not None
             members[info.name] = file.read()
@@ -569,6 +576,6 @@ def test_clips_of_the_real_corpus(shared: Path, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", members), tmp_path / "z", model, source_name="tiny", progress=False
     )
     items = list(LatentDataset(tmp_path / "z"))
-    assert index.clips == len(items) == 6 and not index.skipped and index.frame_rate == 25.0
+    assert index.clips == len(items) == 5 and not index.skipped and index.frame_rate == 25.0
     assert all("playing" in item.captions[0] and item.labels["labels"]["family"] for item in items)
-    assert bool((index.std > 0).all()) and latent_writer.BATCH_SECONDS > 0
+    assert index.hours == pytest.approx(5 * 1.5 / 3600) and bool((index.std > 0).all())

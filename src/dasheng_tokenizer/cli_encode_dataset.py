@@ -61,7 +61,7 @@ def run_encode_dataset(arguments: argparse.Namespace) -> int:
 
     if arguments.destination.is_file():
         raise ConfigurationError(f"{arguments.destination} is a file; name the folder of the latents last")
-    complete = is_complete(arguments.destination) and not arguments.overwrite
+    complete = not arguments.overwrite and is_complete(arguments.destination)
     index = encode_latents(
         arguments.sources,
         arguments.destination,

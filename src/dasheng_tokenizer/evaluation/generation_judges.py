@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,9 +26,13 @@ from dasheng_tokenizer.spectral import SAMPLING_RATE
 HELD_OUT = 5
 """Every fifth clip of a class chooses the epoch of the classifier and does not train it."""
 
+FEWEST_STEPS = 500
+"""Of the classifier's training: with few clips it takes more epochs than a probe of a suite."""
+
 PITCH_RANGE = (27.5, 4186.01)
 PITCH_FRAME, PITCH_HOP = 2048, 512
-"""Of the pitch tracker: Hz, the range of a piano, and samples at 16 kHz (128 ms windows every 32 ms)."""
+PITCH_RESOLUTION = 0.2
+"""Of the pitch tracker: Hz, the range of a piano; samples at 16 kHz (128 ms windows every 32 ms); semitones."""
 
 HALF_SEMITONE = 0.5
 
@@ -82,21 +87,24 @@ def train_classifier(
         role: TaskClips(torch.stack([means[key] for key in keys]), [], [known[key] for key in keys], [])
         for role, keys in roles.items()
     }
-    task = ProbeTask(label, "generation", "clip", "accuracy", epochs=EPOCHS, knn=False)
+    task = ProbeTask(label, "generation", "clip", "accuracy", knn=False)
     probe = ClipProbe(task, {**held, "test": held["valid"]}, 0.0, Companions())
-    everything = torch.stack(list(judged.values()))  # (clips, D)
-    result, logits = train_head(
-        probe.items("train"),
-        (probe.items("valid"), lambda found: probe.score("valid", found)),
+    train, valid = probe.items("train"), probe.items("valid")
+    everything = torch.cat([held["valid"].means, torch.stack(list(judged.values()))])  # (clips, D)
+    _, logits = train_head(
+        train,
+        # By the cross-entropy and not the accuracy: the divergence needs posteriors, not decisions alone.
+        (valid, lambda found: -float(probe.loss(found, valid.targets))),
         (Items(everything, torch.zeros(len(everything))), lambda found: 0.0),  # judged below, clip by clip
         probe.loss,
         len(probe.classes),
-        task.epochs,
+        max(EPOCHS, math.ceil(FEWEST_STEPS / math.ceil(len(train) / task.batch_size))),
         task.batch_size,
         seed,
     )
-    posteriors = F.log_softmax(logits.double(), dim=1)
-    return Classifier(probe.classes, dict(zip(judged, posteriors, strict=True)), result.selection, probe.notes)
+    selection = probe.score("valid", logits[: len(valid)])
+    posteriors = F.log_softmax(logits[len(valid) :].double(), dim=1)
+    return Classifier(probe.classes, dict(zip(judged, posteriors, strict=True)), selection, probe.notes)
 
 
 def _hold_out(labels: Mapping[str, str], seed: int) -> dict[str, list[str]]:
@@ -174,9 +182,8 @@ def heard_note(audio: Samples) -> float | None:
     if not audio.any():
         return None
     low, high = PITCH_RANGE
-    track = librosa.pyin(audio, fmin=low, fmax=high, sr=SAMPLING_RATE, frame_length=PITCH_FRAME, hop_length=PITCH_HOP)[
-        0
-    ]  # (frames,), NaN where unvoiced
+    settings = {"frame_length": PITCH_FRAME, "hop_length": PITCH_HOP, "resolution": PITCH_RESOLUTION}
+    track, _, _ = librosa.pyin(audio, fmin=low, fmax=high, sr=SAMPLING_RATE, **settings)  # (frames,), NaN if unvoiced
     voiced = track[np.isfinite(track)]
     return float(69 + 12 * np.log2(np.median(voiced) / 440)) if voiced.size else None
 

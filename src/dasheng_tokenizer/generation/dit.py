@@ -265,7 +265,7 @@ class DiffusionTransformer(nn.Module):
             context = text
         else:
             context = self.encode_text(text, text_mask)
-        self._check(latents, t, len(context.pooled), token_mask)
+        self._check(latents, t, context.pooled.shape[0], token_mask)
         x = latents if token_mask is None else latents.masked_fill(~token_mask[..., None], 0.0)  # (B, T, C)
         x = self.latent_in(x.to(self.latent_in.weight.dtype))  # (B, T, width)
         condition = F.silu(self.time_mlp(time_features(t).to(self.latent_in.weight.dtype)) + context.pooled)
@@ -297,9 +297,10 @@ class DiffusionTransformer(nn.Module):
                 f"latents have shape {tuple(latents.shape)}; expected (batch, tokens, {self.config.latent_dim}), one "
                 "clip and one token at least, of the tokenizer that this transformer was trained with"
             )
-        if t.shape != latents.shape[:1] or texts != len(latents):
+        # Not len(): tracing would fix the count of clips.
+        if t.shape != latents.shape[:1] or texts != latents.shape[0]:
             raise LatentError(
-                f"{len(latents)} clips, but times of shape {tuple(t.shape)} and {texts} texts; each needs one of both"
+                f"{latents.shape[0]} clips, but times of shape {tuple(t.shape)} and {texts} texts; each needs one of both"
             )
         if mask is not None:
             _check_mask(mask, latents.shape[:2], "token_mask")

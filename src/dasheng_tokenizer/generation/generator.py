@@ -238,7 +238,7 @@ class Generator(nn.Module):
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         with atomic_path(Path(folder) / CONFIG) as config_file, atomic_path(Path(folder) / WEIGHTS) as weights_file:
             config_file.write_text(text, encoding="utf-8")
-            save_file(state, weights_file, metadata={"format": "pt", "weights": digest})
+            save_file(state, weights_file, metadata={"weights": digest})  # one entry: the order of several is random
 
     @classmethod
     def from_pretrained(

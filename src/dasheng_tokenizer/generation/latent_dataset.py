@@ -104,13 +104,20 @@ class LatentDataset(Dataset[LatentItem]):
             IndexError: there is no such clip.
             DataError: its shard is damaged.
         """
-        clip = index + len(self) if index < 0 else index
-        if not 0 <= clip < len(self):
-            raise IndexError(f"clip {index} of {len(self)}")
-        shard = int(np.searchsorted(self._first, clip, side="right")) - 1
-        place = clip - int(self._first[shard])
+        clip, shard, place = self._place(index)
         row = self._row(shard, place)
         return LatentItem(row["key"], self._latents(shard, place, clip), tuple(row["captions"]), row["labels"])
+
+    def description(self, index: int) -> tuple[str, tuple[str, ...], dict[str, Any]]:
+        """Key, captions and labels of a clip, as in `LatentItem`, without reading its latents.
+
+        Raises:
+            IndexError: there is no such clip.
+            DataError: its shard is damaged.
+        """
+        _, shard, place = self._place(index)
+        row = self._row(shard, place)
+        return row["key"], tuple(row["captions"]), row["labels"]
 
     def require_model(self, model: str | HashedModel) -> None:
         """Refuse latents of another model.
@@ -132,6 +139,14 @@ class LatentDataset(Dataset[LatentItem]):
     def __getstate__(self) -> dict[str, Any]:
         """For spawned workers: an open file cannot be sent to another process."""
         return {**self.__dict__, "_opened": (os.getpid(), {})}
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """Number of a clip, its shard, and its place there."""
+        clip = index + len(self) if index < 0 else index
+        if not 0 <= clip < len(self):
+            raise IndexError(f"clip {index} of {len(self)}")
+        shard = int(np.searchsorted(self._first, clip, side="right")) - 1
+        return clip, shard, clip - int(self._first[shard])
 
     def _token_counts(self, stem: Path) -> npt.NDArray[np.int64]:
         for suffix in (".safetensors", ".jsonl"):

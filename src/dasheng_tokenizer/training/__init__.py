@@ -1,4 +1,4 @@
-"""Training of the tokenizer: recipes, data, losses, discriminators, and the loop that later trainings share."""
+"""Training of the tokenizer: recipes, data, losses, discriminators, and the loop that other trainings share."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dasheng_tokenizer.errors import ConfigurationError
+
 if TYPE_CHECKING:
+    from dasheng_tokenizer.generation.training_configuration import GeneratorTrainingConfig
     from dasheng_tokenizer.tokenizer import DashengTokenizerModel
     from dasheng_tokenizer.training.configuration import TrainingConfig
 
-__all__ = ["build_model", "train"]
+__all__ = ["build_model", "load_any_recipe", "train"]
 
 
 def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
-    """Train a tokenizer, or go on with a training that was interrupted.
+    """Train what a recipe is for, a tokenizer or a generator, or go on with a training that was interrupted.
 
     Started again on the same `output` folder, a run resumes from its newest checkpoint; a finished one says so and does
     nothing. SIGTERM and Ctrl-C write a checkpoint and return. Under `torchrun` all processes call this alike.
 
     Args:
-        recipe: YAML file; see `training.configuration.TrainingConfig` for its keys.
+        recipe: YAML file; for its keys see `training.configuration.TrainingConfig`, with `kind: generator`
+            `generation.training_configuration.GeneratorTrainingConfig`.
         overrides: `key=value` each, keys dotted, for example `data.batch_size=8`.
 
     Returns:
@@ -28,18 +32,45 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
 
     Raises:
         ConfigurationError: an unknown key, settings that contradict each other, or a run folder of another run.
-        DataError: no usable audio.
+        DataError: no usable audio or latents.
+        ModelMismatchError: latents of different models.
         CheckpointError: weights or a checkpoint that cannot be read.
         OutputError: the run folder cannot be written.
-        MissingExtraError: the `train` extra is not installed.
+        MissingExtraError: the extra `train` is not installed, or for a generator `generate`.
     """
-    from dasheng_tokenizer.training.configuration import load_recipe
+    from dasheng_tokenizer.training.configuration import TrainingConfig
+
+    config = load_any_recipe(recipe, overrides)
+    if isinstance(config, TrainingConfig):
+        return _train_tokenizer(config)
+    from dasheng_tokenizer.generation.training import train_generator
+
+    return train_generator(config)
+
+
+def load_any_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig | GeneratorTrainingConfig:
+    """Read a recipe; its key `kind` says of what, without it of a tokenizer.
+
+    Raises:
+        ConfigurationError: an unknown kind, and what `training.configuration.load_recipe` raises.
+    """
+    from dasheng_tokenizer.generation.training_configuration import load_generator_recipe
+    from dasheng_tokenizer.training.configuration import load_recipe, read_settings
+
+    kind = read_settings(recipe, overrides).get("kind", "tokenizer")
+    if kind == "tokenizer":
+        return load_recipe(recipe, overrides)
+    if kind == "generator":
+        return load_generator_recipe(recipe, overrides)
+    raise ConfigurationError(f"{recipe}: kind is 'tokenizer' (without this key too) or 'generator', not {kind!r}")
+
+
+def _train_tokenizer(config: TrainingConfig) -> Path:
     from dasheng_tokenizer.training.feature_statistics import set_feature_statistics
     from dasheng_tokenizer.training.loop import fit, is_finished, is_started, make_fabric, seed_everything
     from dasheng_tokenizer.training.tokenizer_state import open_data
     from dasheng_tokenizer.training.tokenizer_task import TokenizerTask
 
-    config = load_recipe(recipe, overrides)
     fabric = make_fabric(config)
     if is_finished(config):
         fabric.print(f"{config.output} is finished; the model: {config.output / 'model'}. More steps would go on.")

@@ -151,6 +151,7 @@ class TrainingConfig(LoopConfig):
     """A recipe of the tokenizer.
 
     Attributes:
+        kind: says that a recipe is one of these; another kind has other settings.
         model: arguments of `DashengTokenizerConfig`; those of the semantic encoder come from `semantic_weights`.
         init: folder of a tokenizer to start from; its configuration is used and `model` must be empty.
         semantic_weights: folder or safetensors file with the weights of the frozen semantic encoder.
@@ -163,6 +164,7 @@ class TrainingConfig(LoopConfig):
         validation_samples: of these, clips whose audio and spectrogram go to TensorBoard.
     """
 
+    kind: Literal["tokenizer"] = "tokenizer"
     model: dict[str, Any] = field(default_factory=dict)
     init: Path | None = None
     semantic_weights: Path | None = None

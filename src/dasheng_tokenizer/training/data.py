@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,8 @@ __all__ = [
     "read_clips",
     "validation_clips",
 ]
+
+Item = TypeVar("Item")
 
 PREFETCHED = 4
 """Batches that the background thread keeps ready."""
@@ -166,7 +168,7 @@ class CachedCrops:
     def batches(self, start_step: int, steps: int) -> Iterator[Batch]:
         """This rank's batches of `steps` steps from `start_step` on."""
         batches = (self.crops_for_step(step) for step in range(start_step, start_step + steps))
-        return _ahead(batches) if self.config.workers else batches
+        return load_ahead(batches) if self.config.workers else batches
 
     def _crop(self, epoch: int, place: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float16]]:
         clip = int(self._epoch_order(epoch)[place])
@@ -252,12 +254,12 @@ def _first_decodable(waiting: list[EncodedClip], report: SkipReport) -> Any:
     return None
 
 
-def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+def load_ahead(batches: Iterator[Item]) -> Iterator[Item]:
     """Run an iterator ahead in a thread; its errors come out here, and the thread ends when this one is closed."""
-    ready: queue.Queue[Batch | Exception | None] = queue.Queue(PREFETCHED)
+    ready: queue.Queue[Item | Exception | None] = queue.Queue(PREFETCHED)
     closed = threading.Event()
 
-    def put(item: Batch | Exception | None) -> bool:
+    def put(item: Item | Exception | None) -> bool:
         while not closed.is_set():
             try:
                 ready.put(item, timeout=0.1)

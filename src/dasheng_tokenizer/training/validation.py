@@ -61,7 +61,7 @@ def validate(
         if _is_sample(index, len(clips), config.validation_samples):
             _show(log, clip, decoded.cpu().numpy(), step, model.sampling_rate)
     model.train(was_training)
-    return _means(fabric, rows)
+    return mean_rows(fabric, rows)
 
 
 def speech_quality(original: Samples, decoded: Samples, sampling_rate: int) -> dict[str, float]:
@@ -133,7 +133,7 @@ def _show(log: RunLog, clip: ValidationClip, decoded: Samples, step: int, sampli
         log.figure(f"spectrogram/{clip.key}", figure, step)
 
 
-def _means(fabric: Fabric, rows: list[dict[str, float]]) -> dict[str, float]:
+def mean_rows(fabric: Fabric, rows: list[dict[str, float]]) -> dict[str, float]:
     """Mean of each metric over the clips of all ranks that have it."""
     if fabric.world_size > 1:
         gathered: list[Any] = [None] * fabric.world_size
