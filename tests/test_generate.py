@@ -281,6 +281,7 @@ def test_saved_and_loaded_is_the_same(generator_folder: Path, tmp_path: Path) ->
     assert not first.training
     first.save_pretrained(tmp_path / "again")
     again = Generator.from_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).stat().st_mode == (tmp_path / "again" / CONFIG).stat().st_mode
     assert again.info == first.info and again.dit.config == first.dit.config
     one, two = (g.sample(embeddings(3), [5], seeds=[4], steps=2)[0] for g in (first, again))
     assert torch.equal(one, two)

@@ -149,12 +149,12 @@ def make_task(config: GeneratorTrainingConfig) -> GeneratorTask:
     return GeneratorTask(fabric, config, new_generator(config, data), data)
 
 
-def shaken(task: GeneratorTask) -> GeneratorTask:
+def shaken(task: GeneratorTask, scale: float = 0.2) -> GeneratorTask:
     """A fresh transformer answers zero to everything, which would hide every mistake."""
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in task.generator.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=source))
+            parameter.add_(scale * torch.randn(parameter.shape, generator=source))
     return task
 
 
@@ -351,15 +351,14 @@ def test_a_non_finite_batch_is_skipped(settings: dict[str, Any]) -> None:
 
 
 def test_mixed_precision_and_checkpointing_give_nearly_the_same_step(settings: dict[str, Any]) -> None:
-    exact = shaken(make_task(make_config(settings)))
+    exact = shaken(make_task(make_config(settings)), 0.1)
     expected = exact.training_step(exact.data.train.batch(0), 0).losses
-    for changes, tolerance in (({"precision": "bf16-mixed"}, 0.1), ({"gradient_checkpointing": True}, 1e-5)):
-        task = shaken(make_task(make_config(settings, **changes)))
+    for changes, tolerance in (({"precision": "bf16-mixed"}, 0.03), ({"gradient_checkpointing": True}, 1e-5)):
+        task = shaken(make_task(make_config(settings, **changes)), 0.1)
         result = task.training_step(task.data.train.batch(0), 0)
         assert result.applied
         assert all(parameter.dtype == torch.float32 for parameter in task.generator.parameters())
         for name in ("loss", "grad_norm"):
-            print(name, float(result.losses[name]), float(expected[name]))
             assert float(result.losses[name]) == pytest.approx(float(expected[name]), rel=tolerance)
 
 

@@ -85,8 +85,7 @@ def encode_latents(
         max_seconds: a longer clip becomes several items.
         shard_megabytes: largest file of latents.
         dtype: number type stored.
-        batch_seconds: audio encoded at once, padding included. May change when a run goes on, which may change the last bit
-            of what is stored.
+        batch_seconds: audio encoded at once, padding included. May change when a run goes on; rounding may differ then.
         overwrite: whether a data set of another model, other options or other sources, or a finished one, is replaced.
         progress: show a bar.
 

@@ -31,7 +31,6 @@ from dasheng_tokenizer.training.validation import mean_rows
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-    from lightning_fabric.wrappers import _FabricModule
 
 VALIDATION_TIMES = 8
 """Times that a held-out clip is measured at: the middles of so many equal parts of [0, 1]."""
@@ -178,7 +177,7 @@ class GeneratorTask:
         total = torch.zeros((), device=self.fabric.device)
         for index, part in enumerate(parts):
             # Gradients are averaged over the ranks at the last part only.
-            with self.fabric.no_backward_sync(cast("_FabricModule", self.wrapped), enabled=index + 1 < len(parts)):
+            with self.fabric.no_backward_sync(self.wrapped, enabled=index + 1 < len(parts)):
                 loss = self.wrapped(*self._arguments(part)) / len(parts)
                 self.fabric.backward(loss)
             total += loss.detach()
