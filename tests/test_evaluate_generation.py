@@ -181,11 +181,13 @@ def test_bootstrap_interval_of_a_mean_covers_it_in_about_95_of_100_cases() -> No
     assert all(estimate.low < estimate.value < estimate.high for estimate in estimates)
 
 
-@pytest.mark.parametrize("measure", ["frechet", "kernel"])
-def test_bootstrap_interval_of_a_distance_covers_what_so_many_clips_give_on_average(measure: str) -> None:
+@pytest.mark.parametrize(("measure", "resamples"), [("frechet", 100), ("kernel", 200)])
+def test_bootstrap_interval_of_a_distance_covers_what_so_many_clips_give_on_average(
+    measure: str, resamples: int
+) -> None:
     rng = np.random.default_rng(0)
     estimates = []
-    for number in range(40):
+    for number in range(80):
         first, second = rng.standard_normal((50, 3)), 1.3 * rng.standard_normal((50, 3)) + 0.4
         if measure == "kernel":
             statistic: Any = frechet.KernelDistance(first, second)
@@ -194,13 +196,22 @@ def test_bootstrap_interval_of_a_distance_covers_what_so_many_clips_give_on_aver
             def statistic(a: Any, b: Any, first: Array = first, second: Array = second) -> float:
                 return frechet.frechet_distance(first, second, a, b)
 
-        estimates.append(frechet.bootstrap(statistic, (50, 50), resamples=40, seed=number))
+        estimates.append(frechet.bootstrap(statistic, (50, 50), resamples, seed=number))
     expected = np.mean([estimate.value for estimate in estimates])
     covered = np.mean([estimate.low <= expected <= estimate.high for estimate in estimates])
     assert covered > 0.85
     width = np.mean([estimate.high - estimate.low for estimate in estimates])
     spread = 2 * 1.96 * np.std([estimate.value for estimate in estimates])
     assert 0.6 < width / spread < 1.6  # not by being wide
+
+
+def test_interval_lies_around_the_figure_also_where_repeated_clips_move_the_distance() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.standard_normal((20, 40)), rng.standard_normal((20, 40))
+    found = frechet.bootstrap(lambda a, b: frechet.frechet_distance(first, second, a, b), (20, 20), resamples=60)
+    repeated = frechet.frechet_distance(first, second, rng.multinomial(20, np.full(20, 0.05)), np.ones(20, np.int64))
+    assert found.value == frechet.frechet_distance(first, second) < repeated
+    assert found.low < found.value < found.high
 
 
 def test_bootstrap_hangs_on_its_seed_alone() -> None:

@@ -90,11 +90,12 @@ def train_classifier(
     task = ProbeTask(label, "generation", "clip", "accuracy", knn=False)
     probe = ClipProbe(task, {**held, "test": held["valid"]}, 0.0, Companions())
     train, valid = probe.items("train"), probe.items("valid")
+    targets = torch.as_tensor(valid.targets)  # (held-out clips,)
     everything = torch.cat([held["valid"].means, torch.stack(list(judged.values()))])  # (clips, D)
     _, logits = train_head(
         train,
         # By the cross-entropy and not the accuracy: the divergence needs posteriors, not decisions alone.
-        (valid, lambda found: -float(probe.loss(found, valid.targets))),
+        (valid, lambda found: -float(probe.loss(found, targets))),
         (Items(everything, torch.zeros(len(everything))), lambda found: 0.0),  # judged below, clip by clip
         probe.loss,
         len(probe.classes),
