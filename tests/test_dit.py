@@ -250,6 +250,7 @@ def test_weights_in_bfloat16() -> None:
     assert 0 < (velocity - expected).norm() / expected.norm() < 0.05
 
 
+@pytest.mark.slow
 def test_onnx_export_with_dynamic_shapes(tmp_path: Any) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

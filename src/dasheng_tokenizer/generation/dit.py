@@ -300,7 +300,7 @@ class DiffusionTransformer(nn.Module):
         # Not len(): tracing would fix the count of clips.
         if t.shape != latents.shape[:1] or texts != latents.shape[0]:
             raise LatentError(
-                f"{latents.shape[0]} clips, but times of shape {tuple(t.shape)} and {texts} texts; each needs one of both"
+                f"{latents.shape[0]} clips, but times of shape {tuple(t.shape)} and {texts} texts; each needs one"
             )
         if mask is not None:
             _check_mask(mask, latents.shape[:2], "token_mask")

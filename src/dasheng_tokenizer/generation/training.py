@@ -166,7 +166,10 @@ class GeneratorTask:
         return self.data.train.batches(first_step, last_step)
 
     def audio_seconds(self, batch: LatentBatch) -> float:
-        """Seconds of audio behind the latents of a batch, without padding."""
+        """Seconds of audio behind the latents of a batch of this rank, without padding.
+
+        The loop takes the other ranks' for equal, which they are on average only.
+        """
         return float(batch.num_tokens.sum()) / self.generator.info.frame_rate
 
     def training_step(self, batch: LatentBatch, step: int) -> StepResult:
