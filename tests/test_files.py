@@ -38,6 +38,13 @@ def test_an_existing_file_stays_when_writing_fails(tmp_path: Path) -> None:
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_a_file_has_the_permissions_of_any_new_one(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    AudioTokens(torch.zeros(1, 2, 8), 16000, 1280, 1, 25.0, "a model", "ab" * 32).save(tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode == plain.stat().st_mode
+
+
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".opus", ".mp3"])
 @pytest.mark.parametrize("room", [0, 5000])
 def test_a_disk_that_fills_is_named_and_nothing_remains(

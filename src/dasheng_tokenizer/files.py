@@ -7,6 +7,7 @@ import glob
 import importlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -108,7 +109,9 @@ def atomic_path(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
     try:
         with temporary.open("xb") as holder:
             _lock(holder)
+            mode = stat.S_IMODE(os.fstat(holder.fileno()).st_mode)
             yield temporary
+            temporary.chmod(mode)  # that of any new file; safetensors makes files that only their owner can read
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
         os.replace(temporary, target)

@@ -239,7 +239,6 @@ class Generator(nn.Module):
         with atomic_path(Path(folder) / CONFIG) as config_file, atomic_path(Path(folder) / WEIGHTS) as weights_file:
             config_file.write_text(text, encoding="utf-8")
             save_file(state, weights_file, metadata={"weights": digest})  # one entry: the order of several is random
-            weights_file.chmod(config_file.stat().st_mode)  # safetensors makes files that only their owner can read
 
     @classmethod
     def from_pretrained(
