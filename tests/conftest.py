@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,15 @@ def tiny(kind: str = "dasheng", **changes: object) -> DashengTokenizerModel:
             norm.running_mean.fill_(-20.0)
             norm.running_var.fill_(300.0)
     return model
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads cost tiny models more than they bring, many times more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

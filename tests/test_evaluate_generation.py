@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,11 @@ from dasheng_tokenizer.evaluation.generation_clips import MANIFEST, ClipSet, pai
 from dasheng_tokenizer.evaluation.generation_judges import Pitched, heard_note, pitched_clips, train_classifier
 from dasheng_tokenizer.evaluation.representations import LogMelEmbedder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Array = npt.NDArray[np.float64]
 
 RATE = 16_000
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------------------------------------------- Fréchet distance

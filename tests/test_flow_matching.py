@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,16 +21,10 @@ from dasheng_tokenizer.generation.flow_matching import (
     timestep_schedule,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MEAN, STD = 3.0, 0.5
 CENTRES, SPREAD, WEIGHTS = (-2.0, 1.0), 0.3, (0.3, 0.7)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def normal_quantiles(count: int) -> Tensor:

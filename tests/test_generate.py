@@ -7,7 +7,6 @@ import importlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +37,12 @@ from dasheng_tokenizer.generation.generator import CONFIG, WEIGHTS, Generator, G
 from dasheng_tokenizer.generation.pipeline import TextToAudioPipeline
 from dasheng_tokenizer.generation.text_encoders import load_text_encoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DIT = DiTConfig(latent_dim=32, text_dim=16, width=32, depth=2, heads=2)
 MAX_SECONDS = 2.0
 FAST = {"steps": 2, "seconds": 0.2}
 QUICK = ["--steps", "2", "--seconds", "0.2", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def new_generator(info: GeneratorInfo | None = None, seed: int = 0) -> Generator:

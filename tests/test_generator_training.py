@@ -12,7 +12,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +48,13 @@ from dasheng_tokenizer.training.run_log import read_log
 from test_text_encoders import save_tokenizer
 from test_vae import tiny_vae
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SHIPPED = ("generator.yaml", "tta_audiocaps.yaml", "ttm_musiccaps.yaml")
 RATE, WIDTH = 16_000, 4
 WORDS = ("a", "low", "high", "hum", "whistle", "one", "two", "more")
 CLIPS = 12
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class StandIn:

@@ -10,7 +10,7 @@ import pickle
 import signal
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,10 @@ from dasheng_tokenizer.generation.latent_index import LatentIndex, TokenStatisti
 from dasheng_tokenizer.generation.latent_sources import captions_of, equal_spans
 from dasheng_tokenizer.generation.latent_writer import encode_latents
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RATE = 16_000
 WIDTH = 5
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class StandIn:

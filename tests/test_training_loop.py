@@ -37,6 +37,8 @@ from dasheng_tokenizer.training.run_checkpoint import list_checkpoints, save_che
 from dasheng_tokenizer.training.run_log import read_log, truncate_log
 from dasheng_tokenizer.training.tokenizer_task import TokenizerTask
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = {
     "embed_dim": 32,
     "depth": 1,
@@ -86,15 +88,6 @@ class MemoryData:
 
     def batches(self, first_step: int, steps: int) -> Iterator[Batch]:
         return (self.batch(step) for step in range(first_step, first_step + steps))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost tiny models more than they bring, many times more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def settings(output: Path, **changes: Any) -> TrainingConfig:

@@ -40,6 +40,8 @@ from dasheng_tokenizer.training.run_log import read_log
 from dasheng_tokenizer.training.tokenizer_task import TokenizerTask
 from dasheng_tokenizer.vae import Posterior, VAEEncoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 VAE: dict[str, Any] = {"latent_kind": "vae", "vae_dim": 8, "vae_depth": 2, "embed_dim": 24, **SIZES}
@@ -57,15 +59,6 @@ def tiny_vae(**changes: Any) -> DashengTokenizerModel:
 
 
 MODEL = tiny_vae()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost tiny models more than they bring, many times more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def noise(*shape: int, seed: int = 0, scale: float = 0.1) -> Tensor:

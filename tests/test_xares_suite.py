@@ -16,16 +16,9 @@ from dasheng_tokenizer.cli import main
 from test_retrieval_asr import save_tokenizer
 from test_xares import encoded, tone, write_tar
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PITCHES = (300.0, 2400.0)
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Any:
-    """One: threads cost tiny heads more than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_task(folder: Path, shards: dict[str, int], label: Callable[[int], Any], seconds: float = 0.4) -> None:
