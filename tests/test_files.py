@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,26 @@ def test_a_killed_writer_leaves_no_file_and_the_next_one_tidies_up(tmp_path: Pat
     assert os.listdir(tmp_path) == [living] and living.startswith(".")
     save_audio(tmp_path / "a.wav", noise(1, 5), 16000)
     assert os.listdir(tmp_path) == ["a.wav"]
+
+
+def test_writers_of_one_file_do_not_remove_what_the_others_write(tmp_path: Path) -> None:
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for number in range(100):
+                with atomic_path(tmp_path / f"{number}.bin") as temporary:
+                    temporary.write_bytes(b"x" * 100)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert sorted(os.listdir(tmp_path)) == sorted(f"{number}.bin" for number in range(100))
 
 
 def test_long_names_and_glob_signs_are_fine(tmp_path: Path) -> None:

@@ -105,20 +105,29 @@ def atomic_path(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
         raise OutputError(f"{target} exists; choose another name or allow overwriting")
     make_folder(target.parent)
     _remove_abandoned(target)
-    temporary = target.with_name(f".{target.name[:_KEPT]}.{secrets.token_hex(4)}{_PARTIAL}{target.suffix}")
+    temporary = target  # no file of ours yet
     try:
-        with temporary.open("xb") as holder:
-            _lock(holder)
+        while True:
+            temporary = target.with_name(f".{target.name[:_KEPT]}.{secrets.token_hex(4)}{_PARTIAL}{target.suffix}")
+            holder = temporary.open("xb")
+            # Another writer may have taken the new file for an abandoned one before it was locked.
+            if _lock(holder) and temporary.exists():
+                break
+            holder.close()
+        with holder:
             mode = stat.S_IMODE(os.fstat(holder.fileno()).st_mode)
             yield temporary
             temporary.chmod(mode)  # that of any new file; safetensors makes files that only their owner can read
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
-        os.replace(temporary, target)
+            if os.name == "nt":
+                holder.close()  # an open file cannot be renamed there; elsewhere the lock must outlast the renaming
+            os.replace(temporary, target)
         _sync_folder(target.parent)
     except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
+        if temporary != target:
+            with suppress(OSError):
+                temporary.unlink()
         elsewhere = isinstance(error, OSError) and error.filename not in (None, str(temporary), temporary)
         if isinstance(error, OSError) and error.errno is not None and not elsewhere:
             raise output_error(target, error) from error
