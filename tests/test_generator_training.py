@@ -275,6 +275,25 @@ def test_balance_shows_every_group_equally_often(latents: Path, settings: dict[s
         make_crops(latents, make_config(settings, {"balance": "genre"}))
 
 
+def test_shares_show_groups_in_proportion(latents: Path, settings: dict[str, Any]) -> None:
+    config = make_config(settings, {"balance": "domain", "shares": {"speech": 3}})
+    crops = make_crops(latents, config)
+    names = [crops.dataset.description(index)[2]["domain"] for index in range(CLIPS)]
+    each = {name: names.count(name) for name in set(names)}
+    visits = Counter(crops._visited(place) for place in range(4 * CLIPS))
+    assert {name: sum(visits[clip] for clip in range(CLIPS) if names[clip] == name) for name in each} == {
+        "speech": 3 * CLIPS,
+        "sound": CLIPS,
+    }
+    # An epoch shows each clip of a group once: no clip more often than another.
+    assert len({visits[clip] for clip in range(CLIPS) if names[clip] == "speech"}) == 1
+    for shares, message in (({"middle": 2}, "'middle'.*sound, speech"), ({"speech": 0}, "at least 1")):
+        with pytest.raises(ConfigurationError, match=message):
+            make_crops(latents, make_config(settings, {"balance": "domain", "shares": shares}))
+    with pytest.raises(ConfigurationError, match=r"name that label"):
+        make_config(settings, {"shares": {"speech": 2}})
+
+
 def test_crops_below_a_token_are_refused(latents: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=r"at least 0\.04"):
         make_crops(latents, make_config(settings, {"crop_seconds": 0.03}))

@@ -151,7 +151,7 @@ class GeneratorTask:
     def identity(self) -> dict[str, Any]:
         """Settings that a resumed run must share: shapes of weights, what they belong to, how batches are drawn."""
         config, info = self.config, self.generator.info
-        drawn = ("crop_seconds", "min_crop_seconds", "batch_size", "balance")
+        drawn = ("crop_seconds", "min_crop_seconds", "batch_size", "balance", "shares")
         plain = to_plain(config)
         return {
             **{f"dit.{name}": value for name, value in asdict(self.generator.dit.config).items()},

@@ -27,6 +27,7 @@ class LatentDataConfig:
             between this and that, so that a corpus of clips of one length teaches other lengths too.
         batch_size: clips a step, over all processes together.
         balance: name of a label, such as `domain`: every value of it is seen equally often. None: every clip is.
+        shares: how often values of `balance` are seen in proportion to the others, such as {sound: 2}; 1 where absent.
         load_ahead: read the next batches in a thread while the step is computed.
     """
 
@@ -37,6 +38,7 @@ class LatentDataConfig:
     min_crop_seconds: float | None = None
     batch_size: int = 16
     balance: str | None = None
+    shares: dict[str, int] = field(default_factory=dict)
     load_ahead: bool = True
 
     def __post_init__(self) -> None:
@@ -50,6 +52,10 @@ class LatentDataConfig:
             )
         if self.batch_size < 1:
             raise ConfigurationError(f"data.batch_size must be at least 1, not {self.batch_size}")
+        if self.shares and self.balance is None:
+            raise ConfigurationError("data.shares are of the values of data.balance; name that label, too")
+        if few := [name for name, share in self.shares.items() if share < 1]:
+            raise ConfigurationError(f"data.shares.{few[0]} must be at least 1, not {self.shares[few[0]]}")
 
     def paths(self, names: Sequence[str]) -> list[Path]:
         """Folders of `train` or `valid`."""

@@ -7,7 +7,7 @@ its loss does not depend on the number of processes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +83,9 @@ class LatentCrops:
     """Crops of a latent data set with one of their captions each.
 
     An epoch visits each clip once, in an order that hangs on (seed, epoch). With `data.balance`, clips with the same
-    value of that label are a group; every group has epochs of its own and is visited equally often. Crop, caption,
-    whether the text is dropped, and the noise hang on (seed, place in the endless sequence of visits).
+    value of that label are a group; every group has epochs of its own and is visited equally often, or as often as
+    `data.shares` says. Crop, caption, whether the text is dropped, and the noise hang on (seed, place in the endless
+    sequence of visits).
     """
 
     def __init__(
@@ -105,8 +106,8 @@ class LatentCrops:
             world_size: number of processes.
 
         Raises:
-            ConfigurationError: the batch cannot be shared evenly, crops are shorter than a token, or no clip has the
-                label of `data.balance`.
+            ConfigurationError: the batch cannot be shared evenly, crops are shorter than a token, no clip has the
+                label of `data.balance`, or none the value of a share.
         """
         self.dataset, self.texts, self.config = dataset, texts, config
         self._slice = local_slice(config.data.batch_size, rank, world_size)
@@ -117,7 +118,9 @@ class LatentCrops:
         self.crop_tokens = crop_tokens(config, dataset.index.frame_rate)
         shortest = config.data.min_crop_seconds
         self._least = None if shortest is None else max(1, int(shortest * dataset.index.frame_rate + 1e-6))
-        self._groups = _groups(dataset, config.data.balance)
+        groups = _groups(dataset, config.data.balance)
+        self._groups = list(groups.values())
+        self._slots = _slots(list(groups), config.data.shares)
         self._orders: dict[int, tuple[int, npt.NDArray[np.int64]]] = {}
 
     def batch(self, step: int) -> LatentBatch:
@@ -164,12 +167,13 @@ class LatentCrops:
         return _Clip(item.latents[start : start + tokens], None if dropped else caption, noise_seed)
 
     def _visited(self, place: int) -> int:
-        """Clip of a visit. Visits go in rounds of one from every group, in an order drawn for each round."""
+        """Clip of a visit. Visits go in rounds of each group's share, in an order drawn for each round."""
         seed = self.config.seed
-        number, slot = divmod(place, len(self._groups))
-        group = int(_draw(GROUP, seed, number).permutation(len(self._groups))[slot])
+        number, place_in_round = divmod(place, len(self._slots))
+        slot = int(_draw(GROUP, seed, number).permutation(len(self._slots))[place_in_round])
+        group, turn, share = self._slots[slot]
         clips = self._groups[group]
-        epoch, index = divmod(number, len(clips))
+        epoch, index = divmod(number * share + turn, len(clips))
         held = self._orders.get(group)
         if held is None or held[0] != epoch:
             held = epoch, _draw(ORDER, seed, group, epoch).permutation(clips)
@@ -287,10 +291,10 @@ def _domain(labels: dict[str, Any]) -> str:
     return str(labels.get("domain") or "audio")
 
 
-def _groups(dataset: LatentDataset, label: str | None) -> list[npt.NDArray[np.int64]]:
-    """Clips by their value of a label, those without it together; all as one group without a label."""
+def _groups(dataset: LatentDataset, label: str | None) -> dict[str, npt.NDArray[np.int64]]:
+    """Clips by their value of a label, those without it as ""; all as one group without a label."""
     if label is None:
-        return [np.arange(len(dataset))]
+        return {"": np.arange(len(dataset))}
     members: dict[str, list[int]] = defaultdict(list)
     known: set[str] = set()
     for index in range(len(dataset)):
@@ -300,4 +304,12 @@ def _groups(dataset: LatentDataset, label: str | None) -> list[npt.NDArray[np.in
     if set(members) == {""}:
         has = ", ".join(sorted(known)) or "none"
         raise ConfigurationError(f"data.balance: no clip has the label {label!r}; labels of this data are: {has}")
-    return [np.array(members[name]) for name in sorted(members)]
+    return {name: np.array(members[name]) for name in sorted(members)}
+
+
+def _slots(names: list[str], shares: Mapping[str, int]) -> list[tuple[int, int, int]]:
+    """The visits of a round: group, number of the visit among those of its group, and how many it has."""
+    if unknown := sorted(set(shares) - set(names)):
+        raise ConfigurationError(f"data.shares: no clip has the value {unknown[0]!r}; there are: {', '.join(names)}")
+    counts = [shares.get(name, 1) for name in names]
+    return [(group, turn, count) for group, count in enumerate(counts) for turn in range(count)]

@@ -177,7 +177,8 @@ def prepare_cache(
         _write_json(folder / "index.json", index)
     names = [f"{shard.path.name.split('.')[0]}-{_digest(shard.identity())[:12]}" for shard in shards]
     todo = [pair for pair in list(zip(shards, names, strict=True))[rank::world_size] if not _is_done(folder, pair[1])]
-    with tqdm(desc="embedding clips", unit=" clips", disable=not progress or rank > 0 or not todo) as bar:
+    shown = None if progress and rank == 0 and todo else True  # None: only on a terminal
+    with tqdm(desc="embedding clips", unit=" clips", disable=shown) as bar:
         for shard, name in todo:
             _write_part(model, config, shard, folder, name, bar)
     while world_size > 1 and not all(_is_done(folder, name) for name in names):
