@@ -10,8 +10,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from dasheng_tokenizer.generation.training import averaged_generator
+from dasheng_tokenizer.generation.training_configuration import load_generator_recipe
 from dasheng_tokenizer.training import build_model
-from dasheng_tokenizer.training.configuration import load_recipe
+from dasheng_tokenizer.training.configuration import load_recipe, read_settings
 from dasheng_tokenizer.training.tokenizer_state import remove_injection
 
 PREFIX = "average.tokenizer."
@@ -25,6 +27,10 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
+    if read_settings(arguments.recipe, arguments.overrides).get("kind") == "generator":
+        recipe = load_generator_recipe(arguments.recipe, arguments.overrides)
+        averaged_generator(recipe, arguments.checkpoint).save_pretrained(arguments.output)
+        return
     config = load_recipe(arguments.recipe, arguments.overrides)
     model = build_model(config)
     if config.latent == "semantic":

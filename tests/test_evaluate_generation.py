@@ -274,7 +274,7 @@ def test_the_list_of_generated_clips_goes_before_their_json_files(tmp_path: Path
     write(tmp_path / "b.wav", tone(1), caption=["first", "second"])
     rows = [
         {"file": "sub/a.wav", "text": "ein Ton, C4", "seed": 3, "kind": "tone", "reference": "real-7"},
-        {"file": "gone.wav"},
+        {"file": "gone.wav", "text": "lines\n\r\u2028\x85 and half a character \ud800"},
     ]
     assert read_manifest(write_manifest(tmp_path, rows).parent) == {row["file"]: row for row in rows}
     found = ClipSet("set", [tmp_path])

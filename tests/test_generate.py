@@ -1,4 +1,4 @@
-"""Generators, the pipeline and the command `generate`: what a clip depends on, what is refused, whole outputs."""
+"""Generators and the pipeline: what a clip depends on, what is refused, whole outputs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dasheng_tokenizer.generation as generation
-from conftest import tiny
-from dasheng_tokenizer import DashengTokenizerModel, load_audio
-from dasheng_tokenizer.cli import main
-from dasheng_tokenizer.cli_generate import file_name
+from conftest import GENERATOR_SECONDS, GENERATOR_SIZES, new_generator, tiny
 from dasheng_tokenizer.errors import (
     CheckpointError,
     ConfigurationError,
@@ -32,80 +27,17 @@ from dasheng_tokenizer.errors import (
     TextError,
 )
 from dasheng_tokenizer.generation import generator as generator_module
-from dasheng_tokenizer.generation.dit import DiTConfig
 from dasheng_tokenizer.generation.generator import CONFIG, WEIGHTS, Generator, GeneratorInfo
 from dasheng_tokenizer.generation.pipeline import TextToAudioPipeline
-from dasheng_tokenizer.generation.text_encoders import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DIT = DiTConfig(latent_dim=32, text_dim=16, width=32, depth=2, heads=2)
-MAX_SECONDS = 2.0
 FAST = {"steps": 2, "seconds": 0.2}
-QUICK = ["--steps", "2", "--seconds", "0.2", "--device", "cpu"]
-
-
-def new_generator(info: GeneratorInfo | None = None, seed: int = 0) -> Generator:
-    """A tiny generator moved away from its start, where it answers zero whatever it is asked."""
-    torch.manual_seed(seed)
-    info = info or GeneratorInfo("no tokenizer")
-    generator = Generator(DIT, info, torch.linspace(-1, 1, 32), torch.linspace(0.5, 2, 32)).eval()
-    with torch.no_grad():
-        for parameter in generator.dit.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    return generator
 
 
 def embeddings(*lengths: int, seed: int = 0) -> list[Tensor]:
     source = torch.Generator().manual_seed(seed)
     return [torch.randn(length, 16, generator=source) for length in lengths]
-
-
-@pytest.fixture(scope="module")
-def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT that knows a few words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("text")
-    words = ("[PAD]", "[UNK]", "a", "dog", "barks", "twice", "rain", "bell", "loud")
-    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    torch.manual_seed(3)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer") / "tiny"
-    tiny().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def generator_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path, text_folder: Path) -> Path:
-    info = GeneratorInfo(
-        tokenizer_hash=DashengTokenizerModel.from_pretrained(tokenizer_folder).weights_hash(),
-        tokenizer=str(tokenizer_folder),
-        text_encoder=str(text_folder),
-        text_identity=load_text_encoder(text_folder).identity,
-        max_seconds=MAX_SECONDS,
-        typical_seconds=0.4,
-        provenance={"name": "tiny"},
-    )
-    folder = tmp_path_factory.mktemp("generator") / "model"
-    new_generator(info).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipeline(generator_folder: Path) -> TextToAudioPipeline:
-    return TextToAudioPipeline.from_pretrained(generator_folder, device="cpu")
 
 
 @pytest.fixture
@@ -158,7 +90,7 @@ def test_the_global_random_state_plays_no_part_and_is_left_alone() -> None:
 def test_an_untrained_generator_gives_noise_in_the_scale_of_the_latents() -> None:
     """Its velocity is zero, so the state stays standard normal noise."""
     mean, std = torch.linspace(-5, 5, 32), torch.linspace(0.1, 3, 32)
-    generator = Generator(DIT, GeneratorInfo("no tokenizer"), mean, std)
+    generator = Generator(GENERATOR_SIZES, GeneratorInfo("no tokenizer"), mean, std)
     clip = generator.sample(embeddings(2), [2000], seeds=[0], steps=1)[0]
     assert torch.allclose(clip.mean(0), mean, atol=0.3)
     assert torch.allclose(clip.std(0), std, rtol=0.08)
@@ -237,7 +169,7 @@ def test_a_result_that_is_not_finite_is_an_error() -> None:
 def test_a_dimension_that_never_changes_is_not_divided_by_zero() -> None:
     std = torch.ones(32)
     std[3] = 0
-    generator = Generator(DIT, GeneratorInfo("no tokenizer"), torch.zeros(32), std)
+    generator = Generator(GENERATOR_SIZES, GeneratorInfo("no tokenizer"), torch.zeros(32), std)
     assert bool(torch.isfinite(generator.standardize(torch.zeros(1, 32))).all())
     assert 0 < generator.latent_std[3] < 0.01
 
@@ -254,7 +186,7 @@ def test_a_dimension_that_never_changes_is_not_divided_by_zero() -> None:
 )
 def test_statistics_that_cannot_be_are_refused(mean: Tensor, std: Tensor) -> None:
     with pytest.raises(ConfigurationError, match="standard deviation"):
-        Generator(DIT, GeneratorInfo("no tokenizer"), mean, std)
+        Generator(GENERATOR_SIZES, GeneratorInfo("no tokenizer"), mean, std)
 
 
 @pytest.mark.parametrize(
@@ -450,9 +382,9 @@ def test_progress_counts_the_steps_of_all_batches(pipeline: TextToAudioPipeline)
     assert shown == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-@pytest.mark.parametrize("seconds", [0, -1, 1000, MAX_SECONDS + 0.01, math.nan, math.inf, [0.1, 0]])
+@pytest.mark.parametrize("seconds", [0, -1, 1000, GENERATOR_SECONDS + 0.01, math.nan, math.inf, [0.1, 0]])
 def test_lengths_out_of_range_are_refused_with_the_limit(pipeline: TextToAudioPipeline, seconds: Any) -> None:
-    with pytest.raises(ConfigurationError, match=f"above 0 and up to {MAX_SECONDS:g} seconds"):
+    with pytest.raises(ConfigurationError, match=f"above 0 and up to {GENERATOR_SECONDS:g} seconds"):
         pipeline(["a dog", "rain"], seconds)
 
 
@@ -463,6 +395,8 @@ def test_texts_and_settings_that_cannot_be_are_refused(pipeline: TextToAudioPipe
         pipeline("a" * 10_001, **FAST)
     with pytest.raises(ConfigurationError, match="3 seeds for 2 texts"):
         pipeline(["a", "dog"], seed=[1, 2, 3], **FAST)
+    with pytest.raises(ConfigurationError, match="1 seconds for 2 texts"):
+        pipeline(["a", "dog"], [0.1], steps=1)
     with pytest.raises(ConfigurationError, match="batch size 0"):
         pipeline("a", batch_size=0, **FAST)
     with pytest.raises(ConfigurationError, match="at least 1"):
@@ -493,149 +427,6 @@ def test_a_tokenizer_that_has_moved_is_named_with_its_hash(tmp_path: Path, token
         TextToAudioPipeline.from_pretrained(tmp_path / "model", tokenizer_folder, device="cpu")
     with pytest.raises(ConfigurationError, match="device"):
         TextToAudioPipeline.from_pretrained(tmp_path / "model", tokenizer_folder, device="abacus")
-
-
-# ---------------------------------------------------------------------- command
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_one_text_to_one_file(generator_folder: Path, pipeline: TextToAudioPipeline, tmp_path: Path) -> None:
-    target = tmp_path / "new" / "dog.wav"
-    options = ["--model", str(generator_folder), *QUICK]
-    assert main(["generate", "a dog barks twice", "-o", str(target), "--seed", "5", *options]) == 0
-    assert names(target.parent) == ["dog.wav"]
-    audio, rate = load_audio(target)
-    clip = pipeline("a dog barks twice", seed=5, **FAST)[0]
-    assert rate == 16000 and audio.shape == (1, 3200)
-    assert np.allclose(audio[0], np.clip(clip.audio, -1, 1), atol=1e-3)  # 16 bits
-    again = tmp_path / "again.wav"
-    assert main(["generate", "a dog barks twice", "-o", str(again), "--seed", "5", *options]) == 0
-    assert again.read_bytes() == target.read_bytes()
-
-
-def test_several_texts_a_file_of_texts_and_several_seeds(generator_folder: Path, tmp_path: Path) -> None:
-    lines, out = tmp_path / "texts.txt", tmp_path / "out"
-    lines.write_text("rain\n\n  A loud bell!  \nrain\n", encoding="utf-8")
-    arguments = ["generate", "a dog", "--from-file", str(lines), "-o", str(out), "--count", "2", "--seed", "7"]
-    options = ["--model", str(generator_folder), *QUICK, "--batch-size", "4", "--format", "flac"]
-    assert main([*arguments, *options]) == 0
-    bell = file_name("A loud bell!")
-    assert bell.startswith("a-loud-bell.")
-    stems = ["a-dog", bell, "rain"]
-    assert names(out) == [f"{stem}.seed{seed}.flac" for stem in stems for seed in (7, 8)]
-    contents = {(out / name).read_bytes() for name in names(out)}
-    assert len(contents) == 6
-
-
-def test_existing_files_are_kept_unless_told(
-    generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "rain.seed0.wav").write_bytes(b"mine")
-    command = ["generate", "rain", "a dog", "-o", str(tmp_path), "--model", str(generator_folder), *QUICK]
-    assert main(command) == 0
-    assert "1 done, 1 kept, 0 failed" in capsys.readouterr().out
-    assert (tmp_path / "rain.seed0.wav").read_bytes() == b"mine"
-    assert names(tmp_path) == ["a-dog.seed0.wav", "rain.seed0.wav"]
-    assert main([*command, "--overwrite"]) == 0
-    assert load_audio(tmp_path / "rain.seed0.wav")[0].shape == (1, 3200)
-
-
-def test_bad_texts_are_named_and_the_others_done(
-    generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    texts = ["", "rain", "x" * 10_001]
-    assert main(["generate", *texts, "-o", str(tmp_path), "--model", str(generator_folder), *QUICK]) == 1
-    captured = capsys.readouterr()
-    assert names(tmp_path) == ["rain.seed0.wav"]
-    assert "empty" in captured.err and "10001 characters" in captured.err and "Traceback" not in captured.err
-    assert "1 done, 0 kept, 2 failed" in captured.out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "nothing to generate"),
-        (["rain", "--seconds", "0"], "above 0 and up to 2 seconds"),
-        (["rain", "--seconds", "1000"], "above 0 and up to 2 seconds"),
-        (["rain", "--steps", "0"], "--steps 0"),
-        (["rain", "--count", "0"], "--count 0"),
-        (["rain", "--batch-size", "0"], "--batch-size 0"),
-        (["rain", "--seed", "-1"], "--seed -1"),
-        (["rain", "--guidance", "-2"], "guidance -2"),
-        (["rain", "--method", "heun"], "invalid choice"),
-        (["rain", "a dog", "-o", "one.wav"], "several clips"),
-        (["rain", "--count", "2", "-o", "one.wav"], "several clips"),
-    ],
-)
-def test_wrong_usage_ends_with_two(
-    arguments: list[str],
-    message: str,
-    generator_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["generate", *arguments, "--model", str(generator_folder), "--device", "cpu"]) == 2
-    assert message in capsys.readouterr().err
-    assert names(tmp_path) == []
-
-
-def test_files_of_texts_and_models_that_cannot_be_read_end_with_one(
-    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
-    empty.write_text("\n  \n")
-    latin.write_bytes("café".encode("latin-1"))
-    for arguments, message in (
-        (["--from-file", str(tmp_path / "no.txt")], "No such file"),
-        (["--from-file", str(empty)], "holds no text"),
-        (["--from-file", str(latin)], "no UTF-8"),
-        (["rain", "--model", str(tmp_path / "no")], "no such folder"),
-        (["rain", "--model", str(tokenizer_folder)], "name the folder of a generator"),
-    ):
-        assert main(["generate", *arguments, "-o", str(tmp_path / "out"), "--device", "cpu"]) == 1
-        captured = capsys.readouterr()
-        assert message in captured.err and "Traceback" not in captured.err
-    assert not (tmp_path / "out").exists() or names(tmp_path / "out") == []
-
-
-def test_a_batch_that_fails_is_named_and_the_next_is_done(
-    generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sample = Generator.sample
-
-    def failing(self: Generator, *arguments: Any, seeds: list[int], **settings: Any) -> list[Tensor]:
-        if seeds == [0]:
-            raise LatentError("ended in NaN")
-        return sample(self, *arguments, seeds=seeds, **settings)
-
-    monkeypatch.setattr(Generator, "sample", failing)
-    command = ["generate", "rain", "--count", "2", "--batch-size", "1", "-o", str(tmp_path)]
-    assert main([*command, "--model", str(generator_folder), *QUICK]) == 1
-    assert "rain.seed0.wav: ended in NaN" in capsys.readouterr().err
-    assert names(tmp_path) == ["rain.seed1.wav"]
-
-
-@given(st.lists(st.text(max_size=50), min_size=2, max_size=4, unique=True))
-@settings(max_examples=25, deadline=None)
-def test_names_of_files_are_safe_short_and_unique(texts: list[str]) -> None:
-    found = [file_name(text) for text in texts]
-    assert len({name.casefold() for name in found}) == len(found)
-    for name in found:
-        assert 0 < len(name.encode()) < 200
-        assert name not in (".", "..") and not name.startswith((".", "-"))
-        assert all(character.isalnum() or character in ".-" for character in name.replace("\u0307", ""))
-
-
-def test_names_of_files_are_readable() -> None:
-    assert file_name("a dog barks") == "a-dog-barks"
-    assert file_name("A dog barks!").startswith("a-dog-barks.")
-    assert len(file_name("word " * 1000)) < 60
-    assert file_name("../../etc/passwd").startswith("etc-passwd.")
 
 
 # ---------------------------------------------------------------------- package

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
-import re
 import sys
 import traceback
-import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from dasheng_tokenizer.audio import WRITE_FORMATS
+from dasheng_tokenizer.cli_generate_requests import END_OF_SEEDS, KEYS, Request, read_requests
 from dasheng_tokenizer.cli_paths import is_output_file
 from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError, TextError
 from dasheng_tokenizer.files import make_folder
@@ -24,17 +22,67 @@ from dasheng_tokenizer.files import make_folder
 if TYPE_CHECKING:
     from dasheng_tokenizer.generation.pipeline import TextToAudioPipeline
 
-_NAME = 40
-"""Characters of the text that the name of its file keeps."""
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A clip to make."""
 
-    text: str
+    request: Request
     seed: int
     target: Path
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Its line of `generated.jsonl`."""
+        return self.request.row(self.target.name, self.seed)
+
+
+@dataclass
+class ClipList:
+    """Keeps `generated.jsonl` of the folder of outputs: lines of these clips, as they appear, beside those of others.
+
+    Args:
+        folder: None: the output is one file, and nothing is listed.
+        jobs: all that the command knows, in the order of the list.
+    """
+
+    folder: Path | None
+    jobs: Sequence[Job]
+    _there: set[Path] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """List what is there already: a process that is killed leaves clips that are not listed yet.
+
+        Raises:
+            DataError: the list is damaged.
+            OutputError: the list cannot be written.
+        """
+        self._there = {job.target for job in self.jobs if os.path.isfile(job.target)}
+        self._write()
+
+    def add(self, jobs: Iterable[Job]) -> None:
+        """List clips that were made now.
+
+        Raises:
+            DataError, OutputError: as above.
+        """
+        self._there.update(job.target for job in jobs)
+        self._write()
+
+    def _write(self) -> None:
+        if self.folder is None:
+            return
+        from dasheng_tokenizer.evaluation.generation_clips import MANIFEST, read_manifest, write_manifest
+
+        # Read anew each time: another process may fill the same folder.
+        held = read_manifest(self.folder) if os.path.exists(self.folder / MANIFEST) else {}
+        own = {job.target.name for job in self.jobs}
+        rows = {name: row for name, row in held.items() if name not in own}
+        for job in self.jobs:
+            if job.target in self._there:
+                rows[job.target.name] = {**held.get(job.target.name, {}), **job.row}
+        if rows != held:
+            write_manifest(self.folder, rows.values())
 
 
 def add_generate_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,10 +91,17 @@ def add_generate_command(commands: argparse._SubParsersAction[argparse.ArgumentP
     command = commands.add_parser("generate", help=text, description=text)
     command.add_argument("texts", nargs="*", metavar="TEXT", help="what shall be heard")
     command.add_argument(
-        "--from-file", type=Path, metavar="FILE", help="one text a line, UTF-8; empty lines are left out"
+        "--from-file",
+        type=Path,
+        metavar="FILE",
+        help=f"one text a line, UTF-8; or FILE.jsonl, one JSON object a line with {', '.join(KEYS)}",
     )
     command.add_argument(
-        "-o", "--output", type=Path, metavar="OUT", help="file for one clip, else folder (default: the current one)"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT",
+        help="file for one clip, else folder, which gets a list of its clips (default: the current one, without list)",
     )
     command.add_argument(
         "--seconds", type=float, metavar="S", help="length of a clip (default: the model's typical one)"
@@ -81,11 +136,14 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
     Raises:
         ConfigurationError: settings out of range, or no text.
-        TextError: the file of texts cannot be read or has none.
-        OutputError: the folder of the outputs cannot be made.
+        TextError: the file of texts or requests cannot be read, has none, or a line is no request.
+        DataError: the folder of the outputs has a damaged `generated.jsonl`.
+        OutputError: the folder of the outputs cannot be made, or the list in it not be written.
         CheckpointError, ModelMismatchError, MissingExtraError: see `TextToAudioPipeline.from_pretrained`.
     """
-    jobs, failed = _plan(arguments)
+    folder = None if is_output_file(arguments.output, WRITE_FORMATS) else arguments.output or Path()
+    jobs, failed = _plan(arguments, folder)
+    listed = ClipList(None if arguments.output is None else folder, jobs)  # no list where no folder was named
     todo = []
     for job in jobs:
         if os.path.exists(job.target) and not arguments.overwrite:
@@ -98,37 +156,38 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
         make_folder(todo[0].target.parent)  # a slip there shows before the work and not after it
         pipeline = TextToAudioPipeline.from_pretrained(arguments.model, arguments.tokenizer, device=arguments.device)
-        done = _generate(pipeline, todo, arguments)
+        done = _generate(pipeline, _with_lengths(pipeline, todo, arguments.seconds), listed, arguments)
         failed += len(todo) - done
     if len(jobs) + failed > 1:
         _say(f"{done} done, {len(jobs) - len(todo)} kept, {failed} failed")
     return 1 if failed else 0
 
 
-def _plan(arguments: argparse.Namespace) -> tuple[list[Job], int]:
-    """What is to be made; texts that cannot be used are named and counted."""
+def _plan(arguments: argparse.Namespace, folder: Path | None) -> tuple[list[Job], int]:
+    """What is to be made, equal requests once; those whose text cannot be used are named and counted."""
     from dasheng_tokenizer.generation.text_encoders import checked_texts
 
     _check(arguments)
-    texts = [text.strip() for text in arguments.texts]
+    requests = [Request(text) for text in dict.fromkeys(text.strip() for text in arguments.texts)]
     if arguments.from_file is not None:
-        texts += read_texts(arguments.from_file)
-    texts = list(dict.fromkeys(texts))  # the same text and seed would give the same clip
-    single = is_output_file(arguments.output, WRITE_FORMATS)
-    if single and len(texts) * arguments.count > 1:
-        raise ConfigurationError(f"-o {arguments.output} is one file, but there are several clips; give a folder")
-    jobs, failed = [], 0
-    for text in texts:
+        requests += read_requests(arguments.from_file, arguments.count)
+    jobs: dict[str, Job] = {}
+    bad: list[str] = []
+    for request in requests:
         try:
-            checked_texts([text])
+            checked_texts([request.text])
         except TextError as error:
-            _say(f"error: {text[:_NAME]!r}: {error}", error=True)
-            failed += 1
+            bad.append(f"error: {request.name}: {error}")
             continue
-        for seed in range(arguments.seed, arguments.seed + arguments.count):
-            name = f"{file_name(text)}.seed{seed}.{arguments.format}"
-            jobs.append(Job(text, seed, arguments.output if single else (arguments.output or Path()) / name))
-    return jobs, failed
+        first = arguments.seed if request.seed is None else request.seed
+        for seed in range(first, first + arguments.count):
+            name = f"{request.stem}.seed{seed}.{arguments.format}"
+            jobs.setdefault(name, Job(request, seed, arguments.output if folder is None else folder / name))
+    if folder is None and len(jobs) + len(bad) > 1:
+        raise ConfigurationError(f"-o {arguments.output} is one file, but there are several clips; give a folder")
+    for message in bad:
+        _say(message, error=True)
+    return list(jobs.values()), len(bad)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -138,43 +197,36 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("count", "steps", "batch_size"):
         if getattr(arguments, name) < 1:
             raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
-    if arguments.seed < 0 or arguments.seed + arguments.count > 2**63:
+    if arguments.seed < 0 or arguments.seed + arguments.count > END_OF_SEEDS:
         raise ConfigurationError(f"--seed {arguments.seed} is outside 0 … 2⁶³ - 1")
 
 
-def read_texts(path: Path) -> list[str]:
-    """Lines of a UTF-8 file, without blanks at both ends and without empty ones.
+def _with_lengths(pipeline: TextToAudioPipeline, jobs: Sequence[Job], seconds: float | None) -> list[tuple[Job, float]]:
+    """The clips with their lengths, longest first; lines that ask for more than the generator can make are named.
+
+    Clips of similar length share a batch, which saves padding; memory that does not suffice shows at once.
 
     Raises:
-        TextError: it cannot be read, is no UTF-8, or has no text.
+        ConfigurationError: the length for all clips is out of range.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is no UTF-8 text ({error}); save it as UTF-8, one text a line") from error
-    except OSError as error:
-        raise TextError(f"{path} cannot be read ({error.strerror}); check the path") from error
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise TextError(f"{path} holds no text; write one a line")
-    return texts
+    common = pipeline.generator.info.default_seconds if seconds is None else seconds
+    found = []
+    for job in jobs:
+        length = common if job.request.seconds is None else job.request.seconds
+        try:
+            pipeline.check_seconds(length)
+        except ConfigurationError as error:
+            if job.request.seconds is None:
+                raise
+            _say(f"error: {job.request.name}: {error}", error=True)
+            continue
+        found.append((job, length))
+    return sorted(found, key=lambda pair: -pair[1])
 
 
-def file_name(text: str) -> str:
-    """A short name, safe on every file system, that no other text has.
-
-    A hash is added where the words alone do not give the text back: capitals, punctuation, or a long text. It depends
-    on the text alone, so that a run that was stopped finds what it has made.
-    """
-    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", text.casefold())).strip("-")
-    short = words if len(words) <= _NAME else words[:_NAME].rpartition("-")[0] or words[:_NAME]
-    if short and short.replace("-", " ") == text:
-        return short
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{short}.{digest}" if short else digest
-
-
-def _generate(pipeline: TextToAudioPipeline, jobs: Sequence[Job], arguments: argparse.Namespace) -> int:
+def _generate(
+    pipeline: TextToAudioPipeline, jobs: Sequence[tuple[Job, float]], listed: ClipList, arguments: argparse.Namespace
+) -> int:
     """Make the clips batch by batch, so that what is done is on the disk; returns how many were made."""
     size, made = arguments.batch_size, 0
     batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
@@ -186,12 +238,12 @@ def _generate(pipeline: TextToAudioPipeline, jobs: Sequence[Job], arguments: arg
         for batch in batches:
             try:
                 clips = pipeline(
-                    [job.text for job in batch],
-                    arguments.seconds,
+                    [job.request.text for job, _ in batch],
+                    [seconds for _, seconds in batch],
                     steps=arguments.steps,
                     guidance=arguments.guidance,
                     method=arguments.method,
-                    seed=[job.seed for job in batch],
+                    seed=[job.seed for job, _ in batch],
                     batch_size=size,
                     progress=step,
                 )
@@ -199,18 +251,21 @@ def _generate(pipeline: TextToAudioPipeline, jobs: Sequence[Job], arguments: arg
                 raise
             except Exception as error:  # a fault of ours, or memory: shown in full, and the other clips still get done
                 trace = "" if isinstance(error, DashengTokenizerError) else traceback.format_exc()
-                for job in batch:
+                for job, _ in batch:
                     _say(f"{trace}error: {job.target}: {error}", error=True)
                     trace = ""
                 continue
-            for job, clip in zip(batch, clips, strict=True):
+            written = []
+            for (job, _), clip in zip(batch, clips, strict=True):
                 try:
                     clip.save(job.target, arguments.overwrite)
                 except DashengTokenizerError as error:
                     _say(f"error: {error}", error=True)
                     continue
-                _say(f"{job.text[:60]!r} → {job.target} ({clip.seconds:.2f} s, seed {clip.seed})")
-                made += 1
+                _say(f"{clip.text[:60]!r} → {job.target} ({clip.seconds:.2f} s, seed {clip.seed})")
+                written.append(job)
+            listed.add(written)
+            made += len(written)
     return made
 
 

@@ -148,7 +148,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """
     path = folder / MANIFEST
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other separators, such as U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     rows: dict[str, dict[str, Any]] = {}
@@ -178,8 +178,10 @@ def write_manifest(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
         OutputError: it cannot be written.
     """
     path = folder / MANIFEST
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        # Halves of characters, which UTF-8 does not know, become \uD800: the same to a reader of JSON.
+        temporary.write_text(lines, encoding="utf-8", errors="backslashreplace")
     return path
 
 

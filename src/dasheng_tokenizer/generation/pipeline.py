@@ -170,12 +170,20 @@ class TextToAudioPipeline:
                 clips.append(GeneratedAudio(audio, rate, texts[index], seeds[index], lengths[index]))
         return clips
 
-    def _num_samples(self, seconds: float) -> int:
+    def check_seconds(self, seconds: float) -> None:
+        """Refuse a length that the generator cannot make.
+
+        Raises:
+            ConfigurationError: saying what it can.
+        """
         limit = self.generator.info.max_seconds
         if not 0 < seconds <= limit:
             raise ConfigurationError(
                 f"{seconds:g} seconds: this generator makes clips above 0 and up to {limit:g} seconds"
             )
+
+    def _num_samples(self, seconds: float) -> int:
+        self.check_seconds(seconds)
         return max(1, round(seconds * self.tokenizer.sampling_rate))
 
     def _decode(self, latents: Tensor, num_samples: int) -> Array:

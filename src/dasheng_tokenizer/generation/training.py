@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dasheng_tokenizer.cli_encode_dataset import EMBEDDED
+from dasheng_tokenizer.errors import CheckpointError
 from dasheng_tokenizer.generation.flow_matching import flow_matching_loss
 from dasheng_tokenizer.generation.generator import Generator, GeneratorInfo
 from dasheng_tokenizer.generation.text_encoders import pad_text
@@ -31,6 +33,9 @@ from dasheng_tokenizer.training.validation import mean_rows
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+AVERAGE = "average.generator."
+"""Prefix of the averaged weights in a checkpoint."""
 
 VALIDATION_TIMES = 8
 """Times that a held-out clip is measured at: the middles of so many equal parts of [0, 1]."""
@@ -81,6 +86,37 @@ def new_generator(config: GeneratorTrainingConfig, data: GeneratorData) -> Gener
     generator = Generator(config.dit.config(index.latent_dim, data.text_width), info, index.mean, index.std)
     generator.dit.gradient_checkpointing = config.gradient_checkpointing
     return generator
+
+
+def averaged_generator(config: GeneratorTrainingConfig, checkpoint: Path) -> Generator:
+    """The generator that a run would end with if it ended at a checkpoint: its averaged weights, in eval mode.
+
+    Args:
+        config: of the run.
+        checkpoint: such as `runs/generator/checkpoints/step-00002500`.
+
+    Raises:
+        CheckpointError: no checkpoint of a run with this recipe, or a damaged one.
+        DataError, ModelMismatchError, ConfigurationError, OutputError: see `open_data`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    generator = new_generator(config, open_data(make_fabric(config), config))
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(checkpoint / "tensors.safetensors")
+        progress = state["progress"]
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint} is no checkpoint, or a damaged one ({error!r}); name another") from error
+    held = {name.removeprefix(AVERAGE): value for name, value in tensors.items() if name.startswith(AVERAGE)}
+    wanted = {name: parameter.shape for name, parameter in generator.named_parameters()}
+    if {name: value.shape for name, value in held.items()} != wanted:
+        raise CheckpointError(f"{checkpoint} is of another recipe; name the recipe and the settings of its run")
+    generator.load_state_dict(held, strict=False)
+    facts = {"steps": progress["step"], "audio_hours_seen": round(progress["audio_seconds"] / 3600, 4)}
+    generator.info = replace(generator.info, provenance={**generator.info.provenance, **facts})
+    return generator.eval()
 
 
 class Objective(nn.Module):

@@ -1,0 +1,210 @@
+"""What a small generator does of what it is asked for: notes by a pitch tracker, drums and sounds by a probe, pictures.
+
+python benchmarks/generator_quality.py --corpus CORPUS --report docs/reports/generator.json [--model GENERATOR]
+
+The probe is trained on the test clips of the corpus, which the generator never saw; the row of the real validation
+clips says how far the judges can be trusted. Stopped and started again, it keeps the clips that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dasheng_tokenizer import save_audio
+from dasheng_tokenizer.evaluation.clip_embedders import load_embedding
+from dasheng_tokenizer.evaluation.embedding_store import EmbeddingStore
+from dasheng_tokenizer.evaluation.generation import METHOD, Questions, evaluate_generation
+from dasheng_tokenizer.evaluation.generation_clips import MANIFEST, ClipSet, write_manifest
+from dasheng_tokenizer.evaluation.metrics import magnitude_spectrogram
+from dasheng_tokenizer.generation.pipeline import TextToAudioPipeline
+from dasheng_tokenizer.spectral import SAMPLING_RATE
+from dasheng_tokenizer.training.clips import Clip, read_clips
+from report import Report
+
+NAMES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+MIDDLE = range(36, 85)
+"""C2 to C6: notes asked for are drawn from what an instrument has in the training data within this range."""
+
+SHOWN = (
+    "a flute playing a single note, C4",
+    "a violin playing a single note, A4",
+    "an acoustic grand piano playing a single note, E3",
+    "a single snare drum hit",
+    "a ride cymbal hit",
+    "the sound of footsteps",
+    "a whoosh or magic sound effect",
+    "an excerpt of orchestral fantasy game music",
+    "a woman speaking English",
+)
+"""Captions of the picture; those that no training clip has are shown without a real one."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A clip to ask for."""
+
+    text: str
+    seconds: float
+    seed: int
+    labels: dict[str, Any] = field(default_factory=dict)
+
+
+def note_requests(train: Sequence[Clip], each: int) -> list[Request]:
+    """For each instrument of the training data some notes of the middle range, drawn with a fixed seed."""
+    notes: dict[str, list[int]] = defaultdict(list)
+    phrases: dict[str, str] = {}
+    for clip in train:
+        if clip.labels.get("subset") == "note":
+            inner = clip.labels["labels"]
+            notes[inner["instrument"]].append(inner["pitch"])
+            phrases[inner["instrument"]] = clip.labels["caption"].rpartition(", ")[0]
+    found = []
+    for instrument, pitches in sorted(notes.items()):
+        able = [pitch for pitch in MIDDLE if min(pitches) <= pitch <= max(pitches)]
+        rng = np.random.default_rng(len(found))
+        for pitch in rng.choice(able, size=min(each, len(able)), replace=False).tolist():
+            text = f"{phrases[instrument]}, {NAMES[pitch % 12]}{pitch // 12 - 1}"
+            found.append(Request(text, 1.5, len(found), {"pitch": pitch, "instrument": instrument}))
+    return found
+
+
+def class_requests(train: Sequence[Clip], label: str, each: int) -> list[Request]:
+    """For each class its caption, at the median length of its training clips, with several seeds."""
+    lengths: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for clip in train:
+        inner = clip.labels.get("labels") or {}
+        if inner.get(label):
+            lengths[inner[label], clip.labels["caption"]].append(len(clip.audio) / SAMPLING_RATE)
+    return [
+        Request(caption, min(float(np.median(held)), 4.0), seed, {label: name})
+        for (name, caption), held in sorted(lengths.items())
+        for seed in range(each)
+    ]
+
+
+def answer(
+    pipeline: TextToAudioPipeline, requests: Sequence[Request], folder: Path, guidance: float, steps: int
+) -> None:
+    """Make the clips of a set, unless they are there."""
+    if (folder / MANIFEST).is_file():
+        return
+    ordered = sorted(requests, key=lambda request: request.seconds)  # less padding
+    clips = pipeline(
+        [request.text for request in ordered],
+        [request.seconds for request in ordered],
+        steps=steps,
+        guidance=guidance,
+        seed=[request.seed for request in ordered],
+        batch_size=32,
+    )
+    rows = []
+    for number, (request, clip) in enumerate(zip(ordered, clips, strict=True)):
+        name = f"{number:04d}.wav"
+        save_audio(folder / name, clip.audio, SAMPLING_RATE)
+        rows.append({"file": name, "text": request.text, "seed": request.seed, "labels": request.labels})
+    write_manifest(folder, rows)
+
+
+def show(axis: Axes, audio: Any, title: str) -> None:
+    """A spectrogram in dB, 80 dB below its peak."""
+    level = 20 * np.log10(np.maximum(magnitude_spectrogram(audio, 1024, 256).T, 1e-5))
+    extent = (0.0, len(audio) / SAMPLING_RATE, 0.0, SAMPLING_RATE / 2000)
+    top = float(level.max())
+    axis.imshow(level, origin="lower", aspect="auto", extent=extent, vmin=top - 80, vmax=top, cmap="magma")
+    axis.set_title(title, fontsize=7, loc="left")
+    axis.tick_params(labelsize=6)
+
+
+def draw(pipeline: TextToAudioPipeline, train: Sequence[Clip], options: argparse.Namespace, path: Path) -> None:
+    """Rows: captions. Columns: a real clip, the same through the tokenizer, two generated ones."""
+    figure = Figure(figsize=(12, 1.7 * len(SHOWN)), layout="constrained")
+    axes = figure.subplots(len(SHOWN), 4, sharey=True)
+    for row, caption in zip(axes, SHOWN, strict=True):
+        real = next((clip for clip in train if clip.labels["caption"] == caption), None)
+        seconds = 1.5 if real is None else min(len(real.audio) / SAMPLING_RATE, 4.0)
+        if real is not None:
+            audio = real.audio[: round(seconds * SAMPLING_RATE)]
+            with torch.inference_mode():
+                decoded = pipeline.tokenizer(torch.from_numpy(audio)[None]).audio[0].numpy()
+            show(row[0], audio, f"real: {caption}")
+            show(row[1], decoded, "real, through the tokenizer")
+        for axis, seed in zip(row[2:], (0, 1), strict=True):
+            made = pipeline(caption, seconds, steps=options.steps, guidance=options.guidance, seed=seed)[0]
+            show(axis, made.audio, f"generated, seed {seed}: {caption}")
+    for axis in axes.flat:
+        axis.set_visible(bool(axis.images))
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    """Ask, judge, draw, write the report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--model", help="generator folder (default: the embedded one)")
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--notes", type=int, default=2, help="an instrument (default: 2)")
+    parser.add_argument("--each", type=int, default=10, help="clips a class, and seeds of the flute (default: 10)")
+    parser.add_argument("--embedding", action="append", metavar="NAME[=PATH]", help="of the probes (default: semantic)")
+    parser.add_argument("--clips", type=Path, default=Path("runs/generator-quality"), help="folder of the clips")
+    parser.add_argument("--cache", type=Path, default=Path("runs/embeddings"))
+    parser.add_argument("--no-picture", action="store_true")
+    parser.add_argument("--note", action="append", default=[], help="a sentence for the report")
+    parser.add_argument("--report", type=Path, required=True)
+    options = parser.parse_args()
+    pipeline = TextToAudioPipeline.from_pretrained(options.model)
+    train = list(read_clips([options.corpus / f"{domain}-train-*.tar" for domain in ("instrument", "sound", "music")]))
+    train += list(read_clips([options.corpus / "speech-train-000.tar"])) if not options.no_picture else []
+    flute = [Request("a flute playing a single note, C4", 1.5, seed, {"pitch": 60}) for seed in range(2 * options.each)]
+    wanted = {
+        "flute, C4": flute,
+        "notes": note_requests(train, options.notes),
+        "drums": class_requests(train, "drum", options.each),
+        "sounds": class_requests(train, "event", options.each),
+    }
+    for name, requests in wanted.items():
+        answer(pipeline, requests, options.clips / name, options.guidance, options.steps)
+    held = [ClipSet(name, [options.clips / name]) for name in wanted]
+    real = [options.corpus / f"{domain}-valid-000.tar" for domain in ("instrument", "sound")]
+    outcome = evaluate_generation(
+        held,
+        ClipSet("real validation clips", real),
+        [load_embedding(text) for text in options.embedding or ["semantic"]],
+        EmbeddingStore(options.cache),
+        Questions(
+            labels=["drum", "event"],
+            classifier=ClipSet("judge", [options.corpus / "sound-test-000.tar"]),
+            pitch="pitch",
+        ),
+    )
+    if not options.no_picture:
+        draw(pipeline, train, options, options.report.with_suffix(".png"))
+    facts = pipeline.generator.info.provenance
+    Report(
+        title="The small generator: does it do what it is asked for?",
+        command=shlex.join(["python", "benchmarks/generator_quality.py", *sys.argv[1:]]),
+        data="clips generated from captions; real clips of the corpus",
+        seed=0,
+        tables=outcome.tables,
+        notes=[*options.note, f"Generator: {json.dumps(facts, ensure_ascii=False)}", *METHOD, *outcome.notes],
+        order=5,
+    ).save(options.report)
+    for table in outcome.tables:
+        print(table.markdown(), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
