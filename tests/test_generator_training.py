@@ -26,13 +26,25 @@ from torch import Tensor
 
 from conftest import tiny
 from dasheng_tokenizer.cli import main
-from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError, DataError, ModelMismatchError
+from dasheng_tokenizer.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DashengTokenizerError,
+    DataError,
+    ModelMismatchError,
+)
 from dasheng_tokenizer.generation.dit import DiffusionTransformer
 from dasheng_tokenizer.generation.generator import Generator
 from dasheng_tokenizer.generation.latent_dataset import LatentDataset
 from dasheng_tokenizer.generation.latent_writer import encode_latents
 from dasheng_tokenizer.generation.text_encoders import load_text_encoder
-from dasheng_tokenizer.generation.training import GeneratorTask, draw_noise, new_generator, train_generator
+from dasheng_tokenizer.generation.training import (
+    GeneratorTask,
+    averaged_generator,
+    draw_noise,
+    new_generator,
+    train_generator,
+)
 from dasheng_tokenizer.generation.training_configuration import (
     DiTSettings,
     GeneratorTrainingConfig,
@@ -414,6 +426,23 @@ def test_the_average_is_what_is_kept(settings: dict[str, Any]) -> None:
         assert torch.equal(saved[name], value)
     moved = [name for name, value in task.generator.named_parameters() if not torch.equal(saved[name], value)]
     assert moved
+
+
+def test_any_checkpoint_can_be_taken_as_the_result(settings: dict[str, Any]) -> None:
+    config = make_config(settings, steps=4, checkpoint_every=2, keep_checkpoints=2)
+    folder = train_generator(config)
+    middle, last = list_checkpoints(folder / "checkpoints")
+    result = Generator.from_pretrained(folder / "model").state_dict()
+    exported = averaged_generator(config, last)
+    assert all(torch.equal(value, result[name]) for name, value in exported.state_dict().items())
+    earlier = averaged_generator(config, middle)
+    assert earlier.info.provenance["steps"] == 2
+    assert any(not torch.equal(value, result[name]) for name, value in earlier.state_dict().items())
+    with pytest.raises(CheckpointError, match="another recipe"):
+        averaged_generator(make_config(settings, dit=DiTSettings(width=24, heads=2)), last)
+    (last / "tensors.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="damaged"):
+        averaged_generator(config, last)
 
 
 def test_validation_is_deterministic_and_by_domain(settings: dict[str, Any]) -> None:
