@@ -40,8 +40,8 @@ MIDDLE = range(36, 85)
 
 SHOWN = (
     "a flute playing a single note, C4",
-    "a violin playing a single note, A4",
-    "an acoustic grand piano playing a single note, E3",
+    "a violin playing a single note, B4",
+    "an acoustic grand piano playing a single note, D#3",
     "a single snare drum hit",
     "a ride cymbal hit",
     "the sound of footsteps",
@@ -49,7 +49,10 @@ SHOWN = (
     "an excerpt of orchestral fantasy game music",
     "a woman speaking English",
 )
-"""Captions of the picture; those that no training clip has are shown without a real one."""
+"""Captions of the picture, as far as training clips have them: the real one is shown beside."""
+
+LONGEST_SHOWN = 4.0
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -130,22 +133,20 @@ def show(axis: Axes, audio: Any, title: str) -> None:
 
 def draw(pipeline: TextToAudioPipeline, train: Sequence[Clip], options: argparse.Namespace, path: Path) -> None:
     """Rows: captions. Columns: a real clip, the same through the tokenizer, two generated ones."""
-    figure = Figure(figsize=(12, 1.7 * len(SHOWN)), layout="constrained")
-    axes = figure.subplots(len(SHOWN), 4, sharey=True)
-    for row, caption in zip(axes, SHOWN, strict=True):
-        real = next((clip for clip in train if clip.labels["caption"] == caption), None)
-        seconds = 1.5 if real is None else min(len(real.audio) / SAMPLING_RATE, 4.0)
-        if real is not None:
-            audio = real.audio[: round(seconds * SAMPLING_RATE)]
-            with torch.inference_mode():
-                decoded = pipeline.tokenizer(torch.from_numpy(audio)[None]).audio[0].numpy()
-            show(row[0], audio, f"real: {caption}")
-            show(row[1], decoded, "real, through the tokenizer")
+    real = {clip.labels["caption"]: clip.audio for clip in reversed(train)}
+    shown = [caption for caption in SHOWN if caption in real]
+    figure = Figure(figsize=(12, 1.7 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), 4, sharey=True)
+    for row, caption in zip(axes, shown, strict=True):
+        audio = real[caption][: round(LONGEST_SHOWN * SAMPLING_RATE)]
+        with torch.inference_mode():
+            decoded = pipeline.tokenizer(torch.from_numpy(audio)[None]).audio[0].numpy()
+        show(row[0], audio, caption)
+        show(row[1], decoded, "through the tokenizer")
         for axis, seed in zip(row[2:], (0, 1), strict=True):
+            seconds = len(audio) / SAMPLING_RATE
             made = pipeline(caption, seconds, steps=options.steps, guidance=options.guidance, seed=seed)[0]
-            show(axis, made.audio, f"generated, seed {seed}: {caption}")
-    for axis in axes.flat:
-        axis.set_visible(bool(axis.images))
+            show(axis, made.audio, f"generated, seed {seed}")
     figure.savefig(path, dpi=90)
 
 

@@ -44,16 +44,15 @@ def embed(run: Path, target: Path) -> None:
     model.to(torch.float16).save_pretrained(target, max_shard_size=LARGEST_FILE)
 
 
-def write_card(target: Path, report: Path | None) -> None:
-    """The model card: its text with the facts of this run and the tables of the report in their places."""
-    config = json.loads((target / "config.json").read_text())
-    facts = "\n".join(f"| {name} | {value} |" for name, value in config["provenance"].items())
+def write_card(text: Path, target: Path, provenance: dict[str, Any], report: Path | None) -> None:
+    """A model card: its text with the facts of a run and the tables of the report in their places."""
+    facts = "\n".join(f"| {name} | {value} |" for name, value in provenance.items())
     figures = "Not measured yet."
     if report is not None:
         content = json.loads(report.read_text())
         parts = [*map(markdown, content["tables"]), *content["notes"], f"Command: `{content['command']}`"]
         figures = "\n\n".join(parts)
-    card = CARD.read_text().replace("{{facts}}", facts).replace("{{figures}}", figures)
+    card = text.read_text().replace("{{facts}}", facts).replace("{{figures}}", figures)
     (target / "README.md").write_text(card)
 
 
@@ -67,7 +66,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.card_only:
         embed(arguments.run, arguments.output)
-    write_card(arguments.output, arguments.report)
+    config = json.loads((arguments.output / "config.json").read_text())
+    write_card(CARD, arguments.output, config["provenance"], arguments.report)
 
 
 if __name__ == "__main__":
