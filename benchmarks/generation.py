@@ -213,7 +213,7 @@ def draw(curves_of: Mapping[str, Curves], path: Path) -> None:
 def judge(
     options: argparse.Namespace, embedders: Sequence[tuple[str, Embedder]], held: Sequence[ClipSet], real: ClipSet
 ) -> Outcome:
-    """Of the last checkpoints: distances with intervals, and what probes and the pitch tracker say."""
+    """Of the last checkpoints, in one embedding: distances with intervals, answers of probes and pitch tracker."""
     questions = Questions(
         labels=["drum", "event"],
         classifier=ClipSet("judge", options.judge),
@@ -275,7 +275,12 @@ def main() -> None:
     parser.add_argument("--real", nargs="+", required=True, help="clips to answer and to compare with")
     parser.add_argument("--each", type=int, default=80, help="clips of each subset (default: 80)")
     parser.add_argument("--judge", nargs="+", required=True, help="real labelled clips that train the probes")
-    parser.add_argument("--embedding", action="append", required=True, help="as in `evaluate generation`")
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        required=True,
+        help="as in `evaluate generation`; the first is that of the probes",
+    )
     parser.add_argument("--sampling-steps", type=int, default=16)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--resamples", type=int, default=20, help="of the last checkpoints' intervals (default: 20)")
@@ -313,7 +318,7 @@ def main() -> None:
     embeddings = [name for name, _ in embedders]
     found_curves = measure(options, embedders, held, real)
     draw(found_curves, options.report.with_suffix(".png"))
-    judged = judge(options, embedders, [held[name] for name in final], real)
+    judged = judge(options, embedders[:1], [held[name] for name in final], real)
     tables = [
         held.table(embedding, f"{name} distance to {len(clips)} real clips by {embedding}")
         for name, held in found_curves.items()
