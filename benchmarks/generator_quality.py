@@ -188,7 +188,9 @@ def judge(options: argparse.Namespace, names: Sequence[str]) -> Outcome:
             # Without the divergence, for which no clip has a partner, and without sets asked for something else.
             width = 5 if table.caption.startswith("Label") else len(table.columns)
             table.columns, table.rows = table.columns[:width], [row[:width] for row in table.rows if row[1]]
-    outcome.notes[:] = [note for note in outcome.notes if not note.startswith("Missing: KL")]
+    # Each set is asked for one thing only; that the others are missing says nothing.
+    expected = ("Missing: KL", "Missing: accuracy", "Missing: pitch")
+    outcome.notes[:] = [note for note in outcome.notes if not note.startswith(expected)]
     outcome.notes += [f"Trained on training clips: {note}" for note in in_domain.notes if note.startswith("Probe of")]
     return outcome
 
