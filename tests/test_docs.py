@@ -19,6 +19,7 @@ import yaml
 from dasheng_tokenizer import load_audio, save_audio
 from dasheng_tokenizer.checkpoints import embedded_default
 from dasheng_tokenizer.cli import build_parser
+from dasheng_tokenizer.enhancement.training_configuration import EnhancementConfig
 from dasheng_tokenizer.generation.training_configuration import GeneratorTrainingConfig
 from dasheng_tokenizer.training import load_any_recipe
 from dasheng_tokenizer.training.configuration import LoopConfig, TrainingConfig
@@ -161,12 +162,16 @@ def recipe_keys(kind: type, prefix: str = "") -> set[str]:
 
 @pytest.mark.parametrize(
     ("kind", "page"),
-    [(TrainingConfig, "training.md"), (GeneratorTrainingConfig, "generation.md")],
-    ids=["tokenizer", "generator"],
+    [
+        (TrainingConfig, "training.md"),
+        (GeneratorTrainingConfig, "generation.md"),
+        (EnhancementConfig, "enhancement.md"),
+    ],
+    ids=["tokenizer", "generator", "enhancement"],
 )
 def test_every_recipe_key_is_documented_and_exists(kind: type, page: str) -> None:
     keys = recipe_keys(kind)
-    if kind is GeneratorTrainingConfig:  # the loop's are documented once, with the tokenizer's
+    if kind is not TrainingConfig:  # the loop's are documented once, with the tokenizer's
         keys -= recipe_keys(LoopConfig) - {"output"}
     section = (ROOT / "docs" / page).read_text(encoding="utf-8").partition("## Recipe keys")[2]
     documented = set(re.findall(r"^\| `([\w.]+)`", section.partition("\n## ")[0], re.M))

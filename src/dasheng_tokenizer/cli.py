@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from dasheng_tokenizer.cli_encode_dataset import add_encode_dataset_command, run_encode_dataset
+from dasheng_tokenizer.cli_enhancement import add_enhancement_command, run_enhancement
 from dasheng_tokenizer.cli_evaluate import add_reconstruction_command, run_reconstruction
 from dasheng_tokenizer.cli_generate import add_generate_command, run_generate
 from dasheng_tokenizer.cli_generation import add_generation_command, run_generation
@@ -49,11 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, type=Path, help="recipe in YAML")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
     add_encode_dataset_command(commands)
-    evaluate = commands.add_parser("evaluate", help="measure reconstruction or generation, or probe a representation")
+    evaluate = commands.add_parser(
+        "evaluate", help="measure reconstruction, generation or enhancement, or probe a representation"
+    )
     kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND")
     add_reconstruction_command(kinds)
     add_probe_command(kinds)
     add_generation_command(kinds)
+    add_enhancement_command(kinds)
     return parser
 
 
@@ -114,7 +118,12 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "encode-dataset":
         return run_encode_dataset(arguments)
     if arguments.command == "evaluate":
-        kinds = {"probe": run_probe, "generation": run_generation, "reconstruction": run_reconstruction}
+        kinds = {
+            "probe": run_probe,
+            "generation": run_generation,
+            "enhancement": run_enhancement,
+            "reconstruction": run_reconstruction,
+        }
         return kinds[arguments.kind](arguments)
     from dasheng_tokenizer import cli_audio
 

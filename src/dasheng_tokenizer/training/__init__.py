@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dasheng_tokenizer.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from dasheng_tokenizer.enhancement.training_configuration import EnhancementConfig
     from dasheng_tokenizer.generation.training_configuration import GeneratorTrainingConfig
     from dasheng_tokenizer.tokenizer import DashengTokenizerModel
     from dasheng_tokenizer.training.configuration import TrainingConfig
@@ -17,14 +18,15 @@ __all__ = ["build_model", "load_any_recipe", "train"]
 
 
 def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
-    """Train what a recipe is for, a tokenizer or a generator, or go on with a training that was interrupted.
+    """Train what a recipe is for (tokenizer, generator, enhancer), or go on with a training that was interrupted.
 
     Started again on the same `output` folder, a run resumes from its newest checkpoint; a finished one says so and does
     nothing. SIGTERM and Ctrl-C write a checkpoint and return. Under `torchrun` all processes call this alike.
 
     Args:
         recipe: YAML file; for its keys see `training.configuration.TrainingConfig`, with `kind: generator`
-            `generation.training_configuration.GeneratorTrainingConfig`.
+            `generation.training_configuration.GeneratorTrainingConfig`, with `kind: enhancement`
+            `enhancement.training_configuration.EnhancementConfig`.
         overrides: `key=value` each, keys dotted, for example `data.batch_size=8`.
 
     Returns:
@@ -36,24 +38,32 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         ModelMismatchError: latents of different models.
         CheckpointError: weights or a checkpoint that cannot be read.
         OutputError: the run folder cannot be written.
-        MissingExtraError: the extra `train` is not installed, or for a generator `generate`.
+        MissingExtraError: the extra `train` is not installed, or for a generator `generate`, for an enhancer `enhance`.
     """
+    from dasheng_tokenizer.generation.training_configuration import GeneratorTrainingConfig
     from dasheng_tokenizer.training.configuration import TrainingConfig
 
     config = load_any_recipe(recipe, overrides)
     if isinstance(config, TrainingConfig):
         return _train_tokenizer(config)
-    from dasheng_tokenizer.generation.training import train_generator
+    if isinstance(config, GeneratorTrainingConfig):
+        from dasheng_tokenizer.generation.training import train_generator
 
-    return train_generator(config)
+        return train_generator(config)
+    from dasheng_tokenizer.enhancement.training import train_enhancer
+
+    return train_enhancer(config)
 
 
-def load_any_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig | GeneratorTrainingConfig:
+def load_any_recipe(
+    recipe: str | Path, overrides: Sequence[str] = ()
+) -> TrainingConfig | GeneratorTrainingConfig | EnhancementConfig:
     """Read a recipe; its key `kind` says of what, without it of a tokenizer.
 
     Raises:
         ConfigurationError: an unknown kind, and what `training.configuration.load_recipe` raises.
     """
+    from dasheng_tokenizer.enhancement.training_configuration import load_enhancement_recipe
     from dasheng_tokenizer.generation.training_configuration import load_generator_recipe
     from dasheng_tokenizer.training.configuration import load_recipe, read_settings
 
@@ -62,7 +72,11 @@ def load_any_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Traini
         return load_recipe(recipe, overrides)
     if kind == "generator":
         return load_generator_recipe(recipe, overrides)
-    raise ConfigurationError(f"{recipe}: kind is 'tokenizer' (without this key too) or 'generator', not {kind!r}")
+    if kind == "enhancement":
+        return load_enhancement_recipe(recipe, overrides)
+    raise ConfigurationError(
+        f"{recipe}: kind is 'tokenizer' (without this key too), 'generator' or 'enhancement', not {kind!r}"
+    )
 
 
 def _train_tokenizer(config: TrainingConfig) -> Path:
