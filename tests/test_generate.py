@@ -18,6 +18,7 @@ from torch import Tensor
 
 import dasheng_tokenizer.generation as generation
 from conftest import GENERATOR_SECONDS, GENERATOR_SIZES, new_generator, tiny
+from dasheng_tokenizer import weights_folder
 from dasheng_tokenizer.errors import (
     CheckpointError,
     ConfigurationError,
@@ -27,8 +28,9 @@ from dasheng_tokenizer.errors import (
     TextError,
 )
 from dasheng_tokenizer.generation import generator as generator_module
-from dasheng_tokenizer.generation.generator import CONFIG, WEIGHTS, Generator, GeneratorInfo
+from dasheng_tokenizer.generation.generator import Generator, GeneratorInfo
 from dasheng_tokenizer.generation.pipeline import TextToAudioPipeline
+from dasheng_tokenizer.weights_folder import CONFIG, WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -311,7 +313,7 @@ def test_a_save_that_fails_leaves_the_old_generator(saved: Path, monkeypatch: py
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(generator_module, "save_file", full_disk)
+    monkeypatch.setattr(weights_folder, "save_file", full_disk)
     with pytest.raises(OutputError, match="disk is full"):
         new_generator(seed=1).save_pretrained(saved)
     assert torch.equal(Generator.from_pretrained(saved).dit.latent_in.weight, before)

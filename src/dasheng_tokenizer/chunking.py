@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +29,11 @@ from dasheng_tokenizer.audio import (
     to_audio_array,
 )
 from dasheng_tokenizer.errors import ConfigurationError, ModelMismatchError
+from dasheng_tokenizer.injection import Part
 from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN
 from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, SAMPLING_RATE
 from dasheng_tokenizer.token_file import AudioTokens
-from dasheng_tokenizer.token_stream import StoredLatents, TokenReader, token_writer
+from dasheng_tokenizer.token_stream import TokenReader, token_writer
 from dasheng_tokenizer.vae import VAEEncoder
 
 if TYPE_CHECKING:
@@ -44,6 +45,19 @@ Progress = Callable[[float, float], None]
 BLOCK_TOKENS = 750
 """Tokens a block of decoding, and of encoding with a VAE (30 s): large enough that the neighbours computed twice cost
 under 10 %."""
+
+
+class Latents(Protocol):
+    """Latents (channels, T, D), in memory or made when they are asked for: a tensor, `StoredLatents`, …"""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, T, D)."""
+        ...
+
+    def __getitem__(self, index: tuple[slice, slice], /) -> Tensor:
+        """(channels, n, D) of a range of tokens, `latents[:, first:last]`."""
+        ...
 
 
 # ---------------------------------------------------------------------- 16 kHz blocks ↔ latents
@@ -97,7 +111,7 @@ def clip_level(model: DashengTokenizerModel, blocks: Iterable[Array], num_sample
 
 @torch.inference_mode()
 def encode_blocks(
-    model: DashengTokenizerModel, blocks: Callable[[], Iterable[Array]], num_samples: int
+    model: DashengTokenizerModel, blocks: Callable[[], Iterable[Array]], num_samples: int, part: Part = "unified"
 ) -> Iterator[Tensor]:
     """Latents of a clip at 16 kHz, window by window: yields (channels, N, D) on the CPU.
 
@@ -105,10 +119,11 @@ def encode_blocks(
         model: the tokenizer, in `length_mode="exact"`.
         blocks: called for each pass over the clip; gives (channels, any) pieces.
         num_samples: what the pieces sum up to.
+        part: the latent that the decoder takes, or one of the two parts of its sum, which a VAE does not have.
     """
     if model.config.length_mode != "exact":
         raise ConfigurationError('block-wise encoding is exact; load the model with length_mode="exact"')
-    if isinstance(encoder := model.encoder, VAEEncoder):
+    if part == "unified" and isinstance(encoder := model.encoder, VAEEncoder):
         pieces = (
             encoder.patches(audio.to(model.device)) for audio, _ in context_blocks(blocks(), num_samples, BLOCK_TOKENS)
         )
@@ -118,13 +133,11 @@ def encode_blocks(
     for audio, size in context_blocks(blocks(), num_samples, model.semantic_encoder.window_tokens):
         tokens = torch.full((len(audio),), size, device=model.device)
         semantic, acoustic, _ = model._encode_context(audio.to(model.device), tokens, level)
-        yield (semantic + acoustic).cpu()
+        yield {"unified": semantic + acoustic, "semantic": semantic, "acoustic": acoustic}[part].cpu()
 
 
 @torch.inference_mode()
-def decode_blocks(
-    model: DashengTokenizerModel, latents: Tensor | StoredLatents, block_tokens: int = BLOCK_TOKENS
-) -> Iterator[Array]:
+def decode_blocks(model: DashengTokenizerModel, latents: Latents, block_tokens: int = BLOCK_TOKENS) -> Iterator[Array]:
     """(channels, T, D) latents → (channels, 640·N) pieces at 16 kHz."""
     context = -(-model.decoder.context_frames // model.config.upsample_tokens)
     total = latents.shape[1]
@@ -160,15 +173,16 @@ def _latent_blocks(
     shape: tuple[int, int],
     rate: int,
     progress: Progress | None,
+    part: Part = "unified",
 ) -> Iterator[Tensor]:
     """Latents (channels, N, D) of pieces at any rate that sum up to `shape`, (channels, samples)."""
     channels, samples = shape
     num_samples = resampled_length(samples, rate, SAMPLING_RATE)
     seconds = samples / rate
     done = 0.0
-    for part in encode_blocks(model, lambda: _at_16k(blocks(), rate, channels), num_samples):
-        yield part
-        done += part.shape[1] / model.frame_rate
+    for latents in encode_blocks(model, lambda: _at_16k(blocks(), rate, channels), num_samples, part):
+        yield latents
+        done += latents.shape[1] / model.frame_rate
         if progress is not None:
             progress(min(done, seconds), seconds)
 
@@ -185,25 +199,39 @@ def _fields(model: DashengTokenizerModel, shape: tuple[int, int], rate: int) -> 
     }
 
 
-def _decompress_blocks(
-    model: DashengTokenizerModel, tokens: AudioTokens | TokenReader, force: bool, progress: Progress | None
+def audio_blocks(
+    model: DashengTokenizerModel,
+    latents: Latents,
+    sampling_rate: int,
+    num_samples: int,
+    progress: Progress | None = None,
 ) -> Iterator[Array]:
-    """Pieces at the original rate that sum up to the original length."""
-    check_model(model, tokens, force)
-    at_16k = resampled_length(tokens.num_samples, tokens.sampling_rate, SAMPLING_RATE)
-    seconds = tokens.num_samples / tokens.sampling_rate
+    """Decode to any rate and length.
+
+    Args:
+        model: the tokenizer.
+        latents: (channels, T, D).
+        sampling_rate: of the audio, in Hz.
+        num_samples: of the audio at that rate.
+        progress: called with seconds done and seconds in all.
+
+    Yields:
+        (channels, any) pieces that sum up to `num_samples`.
+    """
+    at_16k = resampled_length(num_samples, sampling_rate, SAMPLING_RATE)
+    seconds = num_samples / sampling_rate
     resampler = None
-    if tokens.sampling_rate != SAMPLING_RATE:
-        resampler = StreamingResampler(SAMPLING_RATE, tokens.sampling_rate, tokens.num_channels)
+    if sampling_rate != SAMPLING_RATE:
+        resampler = StreamingResampler(SAMPLING_RATE, sampling_rate, latents.shape[0])
     read = written = 0
-    for block in decode_blocks(model, tokens.latents):
+    for block in decode_blocks(model, latents):
         block = block[:, : at_16k - read]
         read += block.shape[1]
         if resampler is not None:
             block = resampler.process(block, last=read == at_16k)
-        block = block[:, : tokens.num_samples - written]
+        block = block[:, : num_samples - written]
         if read == at_16k:  # ceil() of both rates can leave the last sample or two open
-            block = fit_length(block, tokens.num_samples - written)
+            block = fit_length(block, num_samples - written)
         written += block.shape[1]
         yield block
         if progress is not None:
@@ -234,18 +262,22 @@ def check_model(model: DashengTokenizerModel, tokens: AudioTokens | TokenReader,
         )
 
 
-def compress(model: DashengTokenizerModel, audio: npt.ArrayLike | Tensor, sampling_rate: int) -> AudioTokens:
-    """See `DashengTokenizerModel.compress`."""
+def compress(
+    model: DashengTokenizerModel, audio: npt.ArrayLike | Tensor, sampling_rate: int, part: Part = "unified"
+) -> AudioTokens:
+    """See `DashengTokenizerModel.compress`; `part` as in `encode_blocks`."""
     array = to_audio_array(audio)
     rate = check_rate(sampling_rate)
     shape = (array.shape[0], array.shape[1])
-    latents = torch.cat(list(_latent_blocks(model, lambda: [array], shape, rate, None)), dim=1)
+    latents = torch.cat(list(_latent_blocks(model, lambda: [array], shape, rate, None, part)), dim=1)
     return AudioTokens(latents=latents.clone(), **_fields(model, shape, rate))  # clone: out of inference mode
 
 
 def decompress(model: DashengTokenizerModel, tokens: AudioTokens, force: bool = False) -> Tensor:
     """See `DashengTokenizerModel.decompress`."""
-    return torch.from_numpy(np.concatenate(list(_decompress_blocks(model, tokens, force, None)), axis=1))
+    check_model(model, tokens, force)
+    blocks = audio_blocks(model, tokens.latents, tokens.sampling_rate, tokens.num_samples)
+    return torch.from_numpy(np.concatenate(list(blocks), axis=1))
 
 
 def encode_file(
@@ -254,6 +286,7 @@ def encode_file(
     target: str | Path,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    part: Part = "unified",
 ) -> TokenReader:
     """An audio file of any length → a token file that appears whole or not at all, at constant memory.
 
@@ -263,6 +296,7 @@ def encode_file(
         target: token file; one that exists is replaced.
         dtype: stored number type; None is the model's.
         progress: called with seconds done and seconds in all.
+        part: what is stored; the decoder takes `unified` alone.
 
     Raises:
         AudioFileError: missing, not audio, damaged or truncated; AudioError: NaN or infinity, or a rate out of range;
@@ -274,7 +308,7 @@ def encode_file(
     length = -(-resampled_length(reader.num_samples, rate, SAMPLING_RATE) // SAMPLES_PER_TOKEN)
     size = (reader.num_channels, length, model.latent_dim)
     with token_writer(target, size, dtype or model.dtype, **_fields(model, shape, rate)) as out:
-        for block in _latent_blocks(model, reader.blocks, shape, rate, progress):
+        for block in _latent_blocks(model, reader.blocks, shape, rate, progress, part):
             out.write(block)
     return TokenReader(target)
 
@@ -302,5 +336,5 @@ def decode_file(
     """
     check_model(model, tokens, force)
     with AudioWriter(target, tokens.sampling_rate, tokens.num_channels, **writer) as out:
-        for block in _decompress_blocks(model, tokens, force, progress):
+        for block in audio_blocks(model, tokens.latents, tokens.sampling_rate, tokens.num_samples, progress):
             out.write(block)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from dasheng_tokenizer.cli_encode_dataset import add_encode_dataset_command, run_encode_dataset
+from dasheng_tokenizer.cli_enhance import add_enhance_command, run_enhance
 from dasheng_tokenizer.cli_enhancement import add_enhancement_command, run_enhancement
 from dasheng_tokenizer.cli_evaluate import add_reconstruction_command, run_reconstruction
 from dasheng_tokenizer.cli_generate import add_generate_command, run_generate
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (decode, reconstruct):
         command.add_argument("--format", choices=("wav", "flac"), default="wav", help="audio format (default: wav)")
     add_generate_command(commands)
+    add_enhance_command(commands)
     info = commands.add_parser("info", help="sizes, rates, provenance, hash of a model; header of a token file")
     info.add_argument("name", nargs="?", metavar="MODEL", help="folder, hub name or token file (default: embedded)")
     train = commands.add_parser("train", help="train a tokenizer by a recipe")
@@ -127,7 +129,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return kinds[arguments.kind](arguments)
     from dasheng_tokenizer import cli_audio
 
-    run = run_generate if arguments.command == "generate" else getattr(cli_audio, arguments.command)
+    own = {"generate": run_generate, "enhance": run_enhance}
+    run = own[arguments.command] if arguments.command in own else getattr(cli_audio, arguments.command)
     if threading.current_thread() is threading.main_thread():
         previous = signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run tidies up as after Ctrl-C
         try:

@@ -127,7 +127,7 @@ def encode(arguments: argparse.Namespace) -> int:
 
     from dasheng_tokenizer.chunking import encode_file
 
-    work = _plan(arguments, is_audio, "audio files", TOKEN_SUFFIX, TOKEN_SUFFIXES)
+    work = plan_jobs(arguments, is_audio, "audio files", TOKEN_SUFFIX, TOKEN_SUFFIXES)
     model = load_model(arguments.model, arguments.device, arguments.dtype) if work.jobs else None
     stored = getattr(torch, arguments.token_dtype) if arguments.token_dtype else None
 
@@ -145,7 +145,7 @@ def decode(arguments: argparse.Namespace) -> int:
     from dasheng_tokenizer.token_stream import TokenReader
 
     suffix = f"{DECODED}.{arguments.format}"
-    work = _plan(arguments, is_tokens, f"token files (*{TOKEN_SUFFIX})", suffix, WRITE_FORMATS)
+    work = plan_jobs(arguments, is_tokens, f"token files (*{TOKEN_SUFFIX})", suffix, WRITE_FORMATS)
     model = load_model(arguments.model, arguments.device, arguments.dtype) if work.jobs else None
 
     def action(job: Job, progress: Progress) -> str:
@@ -163,7 +163,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     from dasheng_tokenizer.reconstruction_report import Report, draw, measure, read_start
 
     suffix = f"{RECONSTRUCTED}.{arguments.format}"
-    work = _plan(arguments, is_audio, "audio files", suffix, WRITE_FORMATS)
+    work = plan_jobs(arguments, is_audio, "audio files", suffix, WRITE_FORMATS)
     report = Report.open(_report_folder(arguments)) if work.jobs else None
     pictures = _can_draw()
     model = load_model(arguments.model, arguments.device, arguments.dtype) if work.jobs else None
@@ -206,9 +206,14 @@ def _can_draw() -> bool:
     return True
 
 
-def _plan(
+def plan_jobs(
     arguments: argparse.Namespace, accepts: Callable[[Path], bool], kind: str, suffix: str, suffixes: Iterable[str]
 ) -> Plan:
+    """See `cli_paths.plan`.
+
+    Raises:
+        ConfigurationError: one output file for several inputs.
+    """
     output = arguments.output
     if is_output_file(output, suffixes) and (len(arguments.inputs) > 1 or Path(arguments.inputs[0]).is_dir()):
         raise ConfigurationError(f"-o {output} is one file, but there are several inputs; give a folder")

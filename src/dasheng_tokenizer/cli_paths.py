@@ -14,6 +14,7 @@ from dasheng_tokenizer.files import is_partial
 TOKEN_SUFFIX = ".tokens.safetensors"
 DECODED = ".decoded"
 RECONSTRUCTED = ".reconstructed"
+ENHANCED = ".enhanced"
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Plan:
 
 
 def is_audio(path: Path) -> bool:
-    """Whether a file found in a folder is taken for audio; not what `decode` and `reconstruct` wrote there."""
-    return path.suffix.lower() in READ_SUFFIXES and not path.stem.endswith((DECODED, RECONSTRUCTED))
+    """Whether a file found in a folder is taken for audio; not what other commands wrote there."""
+    return path.suffix.lower() in READ_SUFFIXES and not path.stem.endswith((DECODED, RECONSTRUCTED, ENHANCED))
 
 
 def is_tokens(path: Path) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from dasheng_tokenizer.configuration import DashengTokenizerConfig
@@ -12,6 +14,9 @@ from dasheng_tokenizer.semantic_encoder import (
     linear_patches,
 )
 from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, MelSpectrogram
+
+Part = Literal["unified", "semantic", "acoustic"]
+"""The sum of both branches, which the decoder takes, or one of them."""
 
 
 class AcousticFrontEnd(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dasheng_tokenizer.enhancement.denoiser import Denoiser
+from dasheng_tokenizer.enhancement.embedded_mixtures import EmbeddedBatch, EmbeddedCrops, prepare_embeddings
 from dasheng_tokenizer.enhancement.mixtures import Mixture
 from dasheng_tokenizer.enhancement.training_configuration import EnhancementConfig
-from dasheng_tokenizer.enhancement.training_data import EnhancementBatch, EnhancementData, open_data
-from dasheng_tokenizer.enhancement.training_model import embed, load_tokenizer, new_denoiser
+from dasheng_tokenizer.enhancement.training_data import EnhancementBatch, EnhancementCrops, EnhancementData, open_data
+from dasheng_tokenizer.enhancement.training_model import embed, load_init, load_tokenizer, new_denoiser
 from dasheng_tokenizer.tokenizer import DashengTokenizerModel
 from dasheng_tokenizer.training.configuration import to_plain
 from dasheng_tokenizer.training.loop import StepResult, fit, is_finished, is_started, make_fabric, seed_everything
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 Row = dict[str, float]
+
+Batch = EnhancementBatch | EmbeddedBatch
 
 
 def train_enhancer(config: EnhancementConfig) -> Path:
@@ -57,6 +60,8 @@ def train_enhancer(config: EnhancementConfig) -> Path:
     seed_everything(config.seed)  # Alike on every rank: the same fresh weights.
     # A resumed run finds its statistics in its checkpoint.
     denoiser = new_denoiser(config, tokenizer, None if is_started(config) else data.train.examples, data.hours)
+    if config.init is not None and not is_started(config):
+        load_init(denoiser, config.init)
     task = EnhancementTask(fabric, config, tokenizer, denoiser, data)
     fit(fabric, task, config)
     return config.output
@@ -93,29 +98,36 @@ class EnhancementTask:
         self.averages = {"denoiser": self.average}
         self.mel = MultiScaleMelLoss().to(fabric.device)
         self._noisy_rows: dict[int, Row] = {}
+        self.crops: EnhancementCrops | EmbeddedCrops = data.train
+        if count := config.data.embedded_mixtures:
+            rank, world_size = fabric.global_rank, fabric.world_size
+            examples, folder = data.train.examples, config.data.cache / "embedded"
+            held = prepare_embeddings(tokenizer, examples, count, folder, rank, world_size)
+            self.crops = EmbeddedCrops(held, examples, config, rank, world_size)
 
     def identity(self) -> dict[str, Any]:
         """Settings that a resumed run must share: shapes of weights, what they belong to, how batches are drawn."""
         plain = to_plain(self.config)
         data = {f"data.{name}": plain["data"][name] for name in ("crop_seconds", "batch_size")}
         mixture = {f"mixture.{name}": value for name, value in plain["mixture"].items()}
-        named = {name: plain[name] for name in ("part", "loss_weights", "statistics_crops", "seed")}
+        data["data.embedded_mixtures"] = self.config.data.embedded_mixtures
+        named = {name: plain[name] for name in ("init", "part", "loss_weights", "statistics_crops", "seed")}
         sizes = {f"denoiser.{name}": value for name, value in asdict(self.denoiser.config).items()}
         return {**sizes, **data, **mixture, **named, "tokenizer": self.denoiser.info.tokenizer_hash}
 
-    def batches(self, first_step: int, last_step: int) -> Iterator[EnhancementBatch]:
+    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """This rank's batches of the steps to do."""
-        return self.data.train.batches(first_step, last_step)
+        return self.crops.batches(first_step, last_step)
 
-    def audio_seconds(self, batch: EnhancementBatch) -> float:
+    def audio_seconds(self, batch: Batch) -> float:
         """Seconds of noisy audio in a batch of this rank."""
-        return batch.noisy.numel() / self.tokenizer.sampling_rate
+        return batch.seconds
 
-    def training_step(self, batch: EnhancementBatch, step: int) -> StepResult:
+    def training_step(self, batch: Batch, step: int) -> StepResult:
         """Move the denoiser and its moving average."""
         config = self.config
         set_learning_rate(self.optimizer, learning_rate(config.optimizer, step, config.steps))
-        parts = batch.split(config.accumulate)
+        parts: Sequence[Batch] = batch.split(config.accumulate)
         totals: dict[str, Tensor] = {}
         for index, part in enumerate(parts):
             # Gradients are averaged over the ranks at the last part only.
@@ -129,7 +141,7 @@ class EnhancementTask:
             self.average.update()
         return StepResult({**totals, "grad_norm": norm}, applied)
 
-    def losses(self, batch: EnhancementBatch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The terms of the loss that have a weight, and `loss`, their weighted sum, with gradients."""
         weights = self.config.loss_weights
         noisy, clean = self._embedded(batch)
@@ -139,7 +151,7 @@ class EnhancementTask:
             losses["latent"] = self._latent_loss(estimate, clean)
         if weights.spectral > 0:
             # Not `decode`: it refuses NaN, where training skips the step.
-            losses["spectral"] = self.mel(self.tokenizer._decode(estimate.float()), batch.clean)
+            losses["spectral"] = self.mel(self.tokenizer._decode(estimate.float()), batch.clean_audio)
         total = torch.stack([getattr(weights, name) * value for name, value in losses.items()]).sum()
         return {"loss": total, **losses}
 
@@ -180,8 +192,10 @@ class EnhancementTask:
             with self.average.applied():
                 self.denoiser.save_pretrained(self.config.output / "model")
 
-    def _embedded(self, batch: EnhancementBatch) -> tuple[Tensor, Tensor]:
+    def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the denoiser sees of the noisy recordings, and the latents of the clean ones, (B, T, D) each."""
+        if isinstance(batch, EmbeddedBatch):
+            return batch.noisy, batch.clean
         with self.fabric.autocast():
             if self.config.part == "unified":
                 both = embed(self.tokenizer, torch.cat([batch.noisy, batch.clean]), "unified")

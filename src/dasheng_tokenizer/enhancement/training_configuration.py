@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dasheng_tokenizer.enhancement.denoiser import Part
 from dasheng_tokenizer.enhancement.mixture_configuration import MixtureConfig
 from dasheng_tokenizer.errors import ConfigurationError
+from dasheng_tokenizer.injection import Part
 from dasheng_tokenizer.spectral import SAMPLES_PER_TOKEN, SAMPLING_RATE
 from dasheng_tokenizer.training.configuration import LoopConfig, build_config, read_settings
 
@@ -59,6 +59,8 @@ class EnhancementDataConfig:
         crop_seconds: length of a mixture, a multiple of 0.04 (one token).
         batch_size: mixtures a step, over all processes together.
         workers: processes that make mixtures ahead; 0: each batch is made when it is asked for.
+        embedded_mixtures: so many mixtures are embedded once and shown again in every epoch, see `embedded_mixtures`;
+            0: fresh ones at every step.
     """
 
     speech: AudioSources = field(default_factory=AudioSources)
@@ -70,6 +72,7 @@ class EnhancementDataConfig:
     crop_seconds: float = 2.56
     batch_size: int = 16
     workers: int = 0
+    embedded_mixtures: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values out of range and sources that exclude each other."""
@@ -80,6 +83,8 @@ class EnhancementDataConfig:
             raise ConfigurationError(
                 f"data.batch_size must be at least 1 and data.workers not negative: {self.batch_size}, {self.workers}"
             )
+        if self.embedded_mixtures < 0:
+            raise ConfigurationError(f"data.embedded_mixtures must not be negative, not {self.embedded_mixtures}")
         if bool(self.paired.clean) != bool(self.paired.noisy):
             raise ConfigurationError("data.paired needs both, clean and noisy")
         if self.is_paired and self.speech.train:
@@ -142,6 +147,7 @@ class EnhancementConfig(LoopConfig):
         kind: says that a recipe is one of these.
         output: run folder.
         tokenizer: folder or hub name of the frozen tokenizer; None: the embedded default.
+        init: folder of a denoiser to start from, of the same tokenizer, part and size; None: fresh weights.
         part: what of the noisy recording the denoiser sees; of a VAE always its latent, `unified`.
         denoiser: its size.
         data: speech and noise, crops, batch size.
@@ -155,6 +161,7 @@ class EnhancementConfig(LoopConfig):
     kind: Literal["enhancement"] = "enhancement"
     output: Path = Path("runs/enhancement")
     tokenizer: str | None = None
+    init: str | None = None
     part: Part = "unified"
     denoiser: DenoiserSettings = field(default_factory=DenoiserSettings)
     data: EnhancementDataConfig = field(default_factory=EnhancementDataConfig)

@@ -42,6 +42,16 @@ class EnhancementBatch:
     noisy: Tensor
     clean: Tensor
 
+    @property
+    def clean_audio(self) -> Tensor:
+        """What the spectral loss listens to."""
+        return self.clean
+
+    @property
+    def seconds(self) -> float:
+        """Of noisy audio."""
+        return self.noisy.numel() / SAMPLING_RATE
+
     def split(self, parts: int) -> list[EnhancementBatch]:
         """Cut into equal parts for gradient accumulation."""
         pairs = zip(self.noisy.chunk(parts), self.clean.chunk(parts), strict=True)

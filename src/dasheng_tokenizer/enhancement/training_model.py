@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dasheng_tokenizer.enhancement.denoiser import Denoiser, DenoiserConfig, DenoiserInfo, Part
+from dasheng_tokenizer.enhancement.denoiser import Denoiser, DenoiserConfig, DenoiserInfo
 from dasheng_tokenizer.enhancement.training_configuration import EnhancementConfig
 from dasheng_tokenizer.enhancement.training_data import Examples
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError
+from dasheng_tokenizer.injection import Part
 from dasheng_tokenizer.spectral import with_context
 from dasheng_tokenizer.tokenizer import DashengTokenizerModel
 
@@ -66,6 +67,22 @@ def new_denoiser(
         statistics = latent_statistics(tokenizer, config.part, examples, config.statistics_crops)
     sizes = DenoiserConfig(latent_dim=width, depth=config.denoiser.depth, heads=config.denoiser.heads)
     return Denoiser(sizes, info, *statistics)
+
+
+def load_init(denoiser: Denoiser, folder: str) -> None:
+    """Take weights and statistics of another denoiser.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        ConfigurationError: it is of another tokenizer, part or size.
+    """
+    other = Denoiser.from_pretrained(folder)
+    wanted, found = (
+        {"tokenizer": one.info.tokenizer_hash, "part": one.info.part, "sizes": one.config} for one in (denoiser, other)
+    )
+    if differing := [name for name, value in wanted.items() if found[name] != value]:
+        raise ConfigurationError(f"init: {folder} has another {' and '.join(differing)}; name a denoiser like this one")
+    denoiser.load_state_dict(other.state_dict())
 
 
 @torch.no_grad()

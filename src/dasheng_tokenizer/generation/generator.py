@@ -6,8 +6,6 @@ On disk it is a folder of `model.safetensors` and `config.json`. B clips, T toke
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,12 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, LatentError
-from dasheng_tokenizer.files import atomic_path
 from dasheng_tokenizer.generation.dit import DiffusionTransformer, DiTConfig
 from dasheng_tokenizer.generation.flow_matching import (
     Method,
@@ -34,12 +29,10 @@ from dasheng_tokenizer.generation.flow_matching import (
 )
 from dasheng_tokenizer.generation.text_encoders import pad_text
 from dasheng_tokenizer.semantic_encoder import token_mask
+from dasheng_tokenizer.weights_folder import check_weights, damaged, read_weights_folder, write_weights_folder
 
-MODEL_TYPE = "dashengtokenizer-generator"
-VERSION = 1
-"""Of the folder's layout."""
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+KIND = "generator"
+"""Of its folder, see `weights_folder`."""
 
 STEPS, GUIDANCE, SWAY = 25, 3.0, -1.0
 """Steps and sway are those of the published text-to-audio sibling."""
@@ -209,10 +202,7 @@ class Generator(nn.Module):
     # ------------------------------------------------------------------ on disk
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Write weights and config.json into a folder, which is made; a generator that is there is replaced.
-
-        Both files are written aside and then take their names; a process killed between the two renamings leaves a pair
-        that does not match, which `from_pretrained` refuses.
+        """Write weights and config.json into a folder; see `write_weights_folder`.
 
         Args:
             folder: where to.
@@ -226,19 +216,8 @@ class Generator(nn.Module):
             name: tensor.detach().to("cpu", dtype if name.startswith("dit.") else None).contiguous()
             for name, tensor in self.state_dict().items()
         }
-        _refuse_bad_numbers(state, "this generator cannot be saved")
-        digest = _digest(state)
-        config = {
-            "model_type": MODEL_TYPE,
-            "version": VERSION,
-            "weights": digest,
-            "dit": dataclasses.asdict(self.dit.config),
-            "info": dataclasses.asdict(self.info),
-        }
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        with atomic_path(Path(folder) / CONFIG) as config_file, atomic_path(Path(folder) / WEIGHTS) as weights_file:
-            config_file.write_text(text, encoding="utf-8")
-            save_file(state, weights_file, metadata={"weights": digest})  # one entry: the order of several is random
+        config = {"dit": dataclasses.asdict(self.dit.config), "info": dataclasses.asdict(self.info)}
+        write_weights_folder(folder, KIND, state, config)
 
     @classmethod
     def from_pretrained(
@@ -254,24 +233,19 @@ class Generator(nn.Module):
             CheckpointError: nothing there, another kind or version, damaged, incomplete, or with weights that are NaN.
         """
         path = embedded_generator() if folder is None else Path(folder)
-        if not path.is_dir():
-            if folder is None:
-                raise CheckpointError(
-                    "this version ships no trained generator; name a folder of one (--model FOLDER), or train one with "
-                    "`dasheng-tokenizer train` and a recipe of kind generator"
-                )
-            raise CheckpointError(f"{path}: no such folder; name that of a generator, with {CONFIG} and {WEIGHTS}")
-        config = _read_config(path)
-        state = _read_weights(path, config.get("weights"))
+        if folder is None and not path.is_dir():
+            raise CheckpointError(
+                "this version ships no trained generator; name a folder of one (--model FOLDER), or train one with "
+                "`dasheng-tokenizer train` and a recipe of kind generator"
+            )
+        config, state = read_weights_folder(path, KIND)
         try:
             dit_config, info = DiTConfig(**config["dit"]), GeneratorInfo(**config["info"])
             with torch.device("meta"):  # no time is lost on fresh weights
                 model = cls(dit_config, info, state["latent_mean"], state["latent_std"])
         except (KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{path} is damaged or incomplete ({reason}); save or copy it again") from error
-        _refuse_other_keys(path, model.state_dict(), state)
-        _refuse_bad_numbers(state, f"{path} is no usable generator")
+            raise damaged(path, error) from error
+        check_weights(path, KIND, model.state_dict(), state)
         model.load_state_dict(state, assign=True)
         model.dit.to(dtype)
         return model.eval()
@@ -280,62 +254,3 @@ class Generator(nn.Module):
 def embedded_generator() -> Path:
     """Folder of the generator that ships inside the package."""
     return Path(str(files("dasheng_tokenizer") / "embedded" / "generator"))
-
-
-def _digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 of names and numbers, in hex."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is missing or damaged ({error}); name the folder of a generator") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != MODEL_TYPE:
-        raise CheckpointError(f"{path} is of kind {kind!r}, not {MODEL_TYPE!r}; name the folder of a generator")
-    if config.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path} is of version {config.get('version')}; this package reads version {VERSION}, update it or save "
-            "the generator again"
-        )
-    return config
-
-
-def _read_weights(folder: Path, digest: str | None) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    try:
-        with safe_open(path, "pt") as opened:
-            found = (opened.metadata() or {}).get("weights")
-            state = {name: opened.get_tensor(name) for name in opened.keys()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is missing or damaged ({error}); save or copy the generator again") from error
-    if found is None or found != digest:
-        raise CheckpointError(
-            f"{path} does not belong to the {CONFIG} beside it, as after a save that was cut off; save or copy both "
-            "again"
-        )
-    return state
-
-
-def _refuse_other_keys(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    misshapen = {name for name in set(wanted) & set(found) if wanted[name].shape != found[name].shape}
-    unsuitable = {"missing": set(wanted) - set(found), "unknown": set(found) - set(wanted), "misshapen": misshapen}
-    for word, names in unsuitable.items():
-        if names:
-            raise CheckpointError(
-                f"{path}: {len(names)} weights {word}, for example {min(names)}; this is no generator of the sizes in "
-                f"its {CONFIG}; save or copy it again"
-            )
-
-
-def _refuse_bad_numbers(state: dict[str, Tensor], problem: str) -> None:
-    for name, tensor in state.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{problem}: {name} holds NaN or infinity; go back to an earlier checkpoint")
