@@ -79,8 +79,11 @@ def write(path: Path, audio: np.ndarray, labels: Mapping[str, Any] | None = None
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("clips"))
+
+
+def write_clips(folder: Path) -> Path:
     """Speech and noise of two splits, told apart by their labels alone."""
-    folder = tmp_path_factory.mktemp("clips")
     for split, seed in (("train", 0), ("valid", 100)):
         for index in range(6):
             write(folder / split / f"speech-{index}.wav", voice(seed + index, 0.6 + 0.2 * index), {"domain": "speech"})
@@ -90,6 +93,11 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(clips: Path, tokenizer_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    return small_run(clips, tokenizer_folder, tmp_path)
+
+
+def small_run(clips: Path, tokenizer_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run of six steps."""
     sources = {"train": [str(clips / "train")], "valid": [str(clips / "valid")]}
     return {
         "kind": "enhancement",
