@@ -120,6 +120,15 @@ def test_onnx_export_with_dynamic_shapes(tmp_path: Path) -> None:
             torch.testing.assert_close(torch.from_numpy(found), denoiser(given, mask), rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_blocks_may_be_wider_than_the_latent() -> None:
+    torch.manual_seed(0)
+    sizes = dataclasses.replace(SIZES, width=24, heads=3)
+    denoiser = Denoiser(sizes, DenoiserInfo("no tokenizer"), *STATISTICS).eval()
+    assert denoiser.blocks[0].norm1.weight.shape == (24,)
+    torch.testing.assert_close(denoiser(latents(1, 5)), latents(1, 5), rtol=0, atol=1e-5)
+
+
 def test_latents_of_another_width_are_refused() -> None:
     for given in (torch.zeros(1, 5, WIDTH + 1), torch.zeros(5, WIDTH)):
         with pytest.raises(LatentError, match=f"{WIDTH}"):
@@ -128,7 +137,12 @@ def test_latents_of_another_width_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [({"heads": 3}, "does not divide"), ({"depth": -1}, "depth -1"), ({"heads": 0}, "at least 1")],
+    [
+        ({"heads": 3}, "does not divide"),
+        ({"width": 15}, "does not divide"),
+        ({"depth": -1}, "depth -1"),
+        ({"heads": 0}, "at least 1"),
+    ],
 )
 def test_sizes_that_contradict_each_other_are_refused(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):

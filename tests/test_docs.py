@@ -79,6 +79,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(
     for clip in CLIPS.glob("*.flac"):
         shutil.copy(clip, tmp_path)
     save_audio(tmp_path / "song.mp3", *load_audio(CLIPS / "music.flac"))
+    save_audio(tmp_path / "noisy.wav", *load_audio(CLIPS / "speech.flac"))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}  # shared: a reader reads on
     for block in blocks(page, "python"):

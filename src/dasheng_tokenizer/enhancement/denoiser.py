@@ -40,9 +40,10 @@ class DenoiserConfig:
     """Sizes.
 
     Attributes:
-        latent_dim: width D of the latent, and of the blocks.
+        latent_dim: width D of the latent.
         depth: transformer blocks.
-        heads: attention heads; the width must be a multiple of them.
+        heads: attention heads; the blocks' width must be a multiple of them.
+        width: of the blocks; None: the latent's. Narrow latents, such as a VAE's, leave more to blocks that are wider.
 
     Raises:
         ConfigurationError: sizes that contradict each other.
@@ -51,17 +52,24 @@ class DenoiserConfig:
     latent_dim: int
     depth: int = 3
     heads: int = 6
+    width: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that contradict each other."""
-        if min(self.latent_dim, self.heads) < 1 or self.depth < 0:
+        if min(self.latent_dim, self.heads, self.block_width) < 1 or self.depth < 0:
             raise ConfigurationError(
-                f"latent_dim {self.latent_dim} and heads {self.heads} must be at least 1, depth {self.depth} at least 0"
+                f"latent_dim {self.latent_dim}, heads {self.heads} and width {self.block_width} must be at least 1, "
+                f"depth {self.depth} at least 0"
             )
-        if self.latent_dim % self.heads:
+        if self.block_width % self.heads:
             raise ConfigurationError(
-                f"denoiser.heads {self.heads} does not divide the latent's width, {self.latent_dim}; choose another"
+                f"denoiser.heads {self.heads} does not divide the width, {self.block_width}; choose another"
             )
+
+    @property
+    def block_width(self) -> int:
+        """Width of the blocks, W."""
+        return self.latent_dim if self.width is None else self.width
 
 
 @dataclass(frozen=True)
@@ -138,12 +146,12 @@ class Denoiser(nn.Module):
         given = zip(_STATISTICS, (latent_mean, latent_std, input_mean, input_std), strict=True)
         for name, value in given:
             self.register_buffer(name, _checked(name, value, config.latent_dim))
-        width = config.latent_dim
-        self.project_in = nn.Linear(width, width)
+        width = config.block_width
+        self.project_in = nn.Linear(config.latent_dim, width)
         self.position = nn.Conv1d(width, width, POSITION_KERNEL, padding=POSITION_KERNEL // 2, groups=width)
         self.blocks = nn.ModuleList(TransformerBlock(width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.project_out = nn.Linear(width, width)
+        self.project_out = nn.Linear(width, config.latent_dim)
         nn.init.zeros_(self.project_out.weight)
         nn.init.zeros_(self.project_out.bias)
 
@@ -167,14 +175,14 @@ class Denoiser(nn.Module):
                 "the latent width of this denoiser"
             )
         start = (embeddings - self.input_mean) / self.input_std  # (B, T, D)
-        h = self.project_in(start)  # (B, T, D)
+        h = self.project_in(start)  # (B, T, W)
         hidden = None if token_mask is None else ~token_mask[..., None]  # (B, T, 1)
         if hidden is not None:
             h = h.masked_fill(hidden, 0.0)  # as the convolution's own padding
-        h = h + F.gelu(self.position(h.transpose(1, 2))).transpose(1, 2)  # (B, T, D)
+        h = h + F.gelu(self.position(h.transpose(1, 2))).transpose(1, 2)  # (B, T, W)
         mask = None if token_mask is None else attention_mask(token_mask)  # (B, 1, 1, T)
         for block in self.blocks:
-            h = block(h, mask)  # (B, T, D)
+            h = block(h, mask)  # (B, T, W)
         estimate = self.restore_target(start + self.project_out(self.norm(h)))  # (B, T, D)
         return estimate if hidden is None else estimate.masked_fill(hidden, 0.0)
 

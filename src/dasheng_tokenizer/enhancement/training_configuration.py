@@ -107,15 +107,17 @@ class EnhancementDataConfig:
 
 @dataclass(frozen=True)
 class DenoiserSettings:
-    """Size of the denoiser; its width is the latent's.
+    """Size of the denoiser, see `DenoiserConfig`.
 
     Attributes:
         depth: transformer blocks.
         heads: attention heads; the width must be a multiple of them.
+        width: of the blocks; None: the latent's.
     """
 
-    depth: int = 4
+    depth: int = 3
     heads: int = 6
+    width: int | None = None
 
 
 @dataclass(frozen=True)

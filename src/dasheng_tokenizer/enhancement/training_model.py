@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,7 @@ def new_denoiser(
     statistics = tuple(torch.full((width,), value) for value in (0.0, 1.0, 0.0, 1.0))
     if examples is not None:
         statistics = latent_statistics(tokenizer, config.part, examples, config.statistics_crops)
-    sizes = DenoiserConfig(latent_dim=width, depth=config.denoiser.depth, heads=config.denoiser.heads)
+    sizes = DenoiserConfig(latent_dim=width, **asdict(config.denoiser))
     return Denoiser(sizes, info, *statistics)
 
 

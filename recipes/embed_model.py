@@ -1,0 +1,57 @@
+"""Turns a generator or an enhancer into the one that ships inside the package: float16 weights and a model card.
+
+python recipes/embed_model.py generator runs/generator/model [--report docs/reports/generator.json] [-o FOLDER]
+python recipes/embed_model.py enhancer runs/enhancement/model [--report docs/reports/enhancement.json] [-o FOLDER]
+
+The tokenizer itself: recipes/embed_default.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+from pathlib import Path
+
+import torch
+from embed_default import write_card
+
+from dasheng_tokenizer.enhancement import Denoiser
+from dasheng_tokenizer.generation import Generator
+
+MODELS: dict[str, type[Generator] | type[Denoiser]] = {"generator": Generator, "enhancer": Denoiser}
+RECIPES = {"generator": "recipes/generator.yaml", "enhancer": "recipes/enhancement.yaml"}
+
+
+def embed(model: Generator | Denoiser, kind: str, target: Path, settings: str) -> None:
+    """Write weights and configuration; the settings of the run go into its facts."""
+    facts = {
+        "name": f"dasheng-tokenizer-{kind}",
+        "date": datetime.date.today().isoformat(),
+        "data": "train split of the corpus described in the model card",
+        "recipe": f"{RECIPES[kind]} {settings}".strip(),
+        **{name: value for name, value in model.info.provenance.items() if name != "validation"},
+    }
+    model.info = dataclasses.replace(model.info, provenance=facts)  # type: ignore[type-var]
+    model.save_pretrained(target, dtype=torch.float16)
+
+
+def main() -> None:
+    """Write the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=sorted(MODELS))
+    parser.add_argument("model", type=Path, help="folder of the model, such as runs/generator/model")
+    parser.add_argument("--settings", default="", help="KEY=VALUE pairs that the run was given beside the recipe")
+    parser.add_argument("--report", type=Path, help="report whose figures go on the card")
+    parser.add_argument("-o", "--output", type=Path, help="default: the place in the package")
+    parser.add_argument("--card-only", action="store_true", help="keep the weights, renew the card")
+    arguments = parser.parse_args()
+    target = arguments.output or Path("src/dasheng_tokenizer/embedded") / arguments.kind
+    if not arguments.card_only:
+        embed(MODELS[arguments.kind].from_pretrained(arguments.model), arguments.kind, target, arguments.settings)
+    card = Path(__file__).parent / f"embedded_{arguments.kind}_card.md"
+    write_card(card, target, MODELS[arguments.kind].from_pretrained(target).info.provenance, arguments.report)
+
+
+if __name__ == "__main__":
+    main()
