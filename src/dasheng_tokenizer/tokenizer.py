@@ -233,6 +233,15 @@ class DashengTokenizerModel(PreTrainedModel):
         if not self.config.is_vae:
             self.semantic_encoder.requires_grad_(False)
 
+    def freeze_acoustic_layer(self) -> None:
+        """Its parameters need no gradient either, so that training leaves the latents as they are.
+
+        Raises:
+            ConfigurationError: a VAE, which has none.
+        """
+        for layer in (self.injection.patch_embed, self.injection.norm):
+            layer.requires_grad_(False)
+
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of all but the semantic encoder."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)

@@ -95,6 +95,8 @@ def _train_tokenizer(config: TrainingConfig) -> Path:
     # A model of `init` keeps its statistics, and a resumed run finds them in its checkpoint.
     if model.config.normalize_semantic and config.init is None and not is_started(config):
         set_feature_statistics(fabric, model, data)
+    if config.freeze_acoustic:
+        model.freeze_acoustic_layer()
     task = TokenizerTask(fabric, config, model, data)
     seed_everything(config.seed, fabric.global_rank + 1)
     fit(fabric, task, config)

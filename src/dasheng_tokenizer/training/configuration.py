@@ -155,6 +155,7 @@ class TrainingConfig(LoopConfig):
         model: arguments of `DashengTokenizerConfig`; those of the semantic encoder come from `semantic_weights`.
         init: folder of a tokenizer to start from; its configuration is used and `model` must be empty.
         semantic_weights: folder or safetensors file with the weights of the frozen semantic encoder.
+        freeze_acoustic: keep the acoustic layer as it is, so that the latents do not change: only the decoder learns.
         data: shards or folders of audio, crops, batch size.
         loss_weights: weights of the loss terms.
         gan_start_step: first step that trains discriminators; at `steps` or later there are none.
@@ -168,6 +169,7 @@ class TrainingConfig(LoopConfig):
     model: dict[str, Any] = field(default_factory=dict)
     init: Path | None = None
     semantic_weights: Path | None = None
+    freeze_acoustic: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     loss_weights: LossWeights = field(default_factory=LossWeights)
     gan_start_step: int = 0
