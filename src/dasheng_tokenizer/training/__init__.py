@@ -80,8 +80,10 @@ def load_any_recipe(
 
 
 def _train_tokenizer(config: TrainingConfig) -> Path:
+    from dasheng_tokenizer.training.acoustic_start import start_acoustic_layer
     from dasheng_tokenizer.training.feature_statistics import set_feature_statistics
     from dasheng_tokenizer.training.loop import fit, is_finished, is_started, make_fabric, seed_everything
+    from dasheng_tokenizer.training.run_checkpoint import keep_in_checkpoints
     from dasheng_tokenizer.training.tokenizer_state import open_data
     from dasheng_tokenizer.training.tokenizer_task import TokenizerTask
 
@@ -95,8 +97,12 @@ def _train_tokenizer(config: TrainingConfig) -> Path:
     # A model of `init` keeps its statistics, and a resumed run finds them in its checkpoint.
     if model.config.normalize_semantic and config.init is None and not is_started(config):
         set_feature_statistics(fabric, model, data)
+    if config.acoustic_start.kind == "water_filling" and not is_started(config):
+        start_acoustic_layer(fabric, model, data, config.acoustic_start)
     if config.freeze_acoustic:
         model.freeze_acoustic_layer()
+        for layer in (model.injection.patch_embed, model.injection.norm):
+            keep_in_checkpoints(layer)
     task = TokenizerTask(fabric, config, model, data)
     seed_everything(config.seed, fabric.global_rank + 1)
     fit(fabric, task, config)

@@ -22,6 +22,7 @@ import yaml
 
 from dasheng_tokenizer.configuration import DashengTokenizerConfig
 from dasheng_tokenizer.errors import ConfigurationError
+from dasheng_tokenizer.training.acoustic_start import AcousticStartConfig
 from dasheng_tokenizer.training.data import DataConfig
 
 Config = TypeVar("Config")
@@ -155,6 +156,7 @@ class TrainingConfig(LoopConfig):
         model: arguments of `DashengTokenizerConfig`; those of the semantic encoder come from `semantic_weights`.
         init: folder of a tokenizer to start from; its configuration is used and `model` must be empty.
         semantic_weights: folder or safetensors file with the weights of the frozen semantic encoder.
+        acoustic_start: how the acoustic layer starts; see `acoustic_start`.
         freeze_acoustic: keep the acoustic layer as it is, so that the latents do not change: only the decoder learns.
         data: shards or folders of audio, crops, batch size.
         loss_weights: weights of the loss terms.
@@ -169,6 +171,7 @@ class TrainingConfig(LoopConfig):
     model: dict[str, Any] = field(default_factory=dict)
     init: Path | None = None
     semantic_weights: Path | None = None
+    acoustic_start: AcousticStartConfig = field(default_factory=AcousticStartConfig)
     freeze_acoustic: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     loss_weights: LossWeights = field(default_factory=LossWeights)
@@ -184,7 +187,11 @@ class TrainingConfig(LoopConfig):
         _require(self.gan_start_step >= 0, f"gan_start_step must not be negative, not {self.gan_start_step}")
         _require(not (self.init and self.model), "`init` brings its own configuration: drop `model` or `init`")
         _require(not (self.init and self.semantic_weights), "`init` brings its own encoder: drop `semantic_weights`")
+        started = self.acoustic_start.kind != "random"
+        _require(not (self.init and started), "`init` brings its own acoustic layer: drop `acoustic_start` or `init`")
         if self.model.get("latent_kind") == "vae":
+            frozen = started or self.freeze_acoustic
+            _require(not frozen, "a VAE has no acoustic layer: drop `acoustic_start` and `freeze_acoustic`")
             some = self.semantic_weights is not None
             _require(not some, "a VAE (model.latent_kind) has no semantic encoder: drop `semantic_weights`")
             _require(self.latent == "unified", "a VAE (model.latent_kind) has no parts to decode: drop `latent`")

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 
+KEPT = "_kept_in_checkpoints"
+"""Attribute of parameters that `keep_in_checkpoints` marked."""
+
 
 class Checkpointable(Protocol):
     """What a checkpoint stores of a training task."""
@@ -213,9 +216,22 @@ def _tensors(task: Checkpointable) -> dict[str, Tensor]:
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are trained, and buffers, among them statistics taken from the data; nothing that is frozen."""
+    """Parameters that are trained, and buffers, among them statistics taken from the data.
+
+    Nothing that is frozen, except for parameters marked by `keep_in_checkpoints`.
+    """
     state = module.state_dict(keep_vars=True)
-    return {name: held for name, held in state.items() if held.requires_grad or not isinstance(held, nn.Parameter)}
+    return {
+        name: held
+        for name, held in state.items()
+        if held.requires_grad or not isinstance(held, nn.Parameter) or getattr(held, KEPT, False)
+    }
+
+
+def keep_in_checkpoints(module: nn.Module) -> None:
+    """Mark a frozen module that was made from the data: a resumed run must find it as it was."""
+    for parameter in module.parameters():
+        setattr(parameter, KEPT, True)
 
 
 @torch.no_grad()
