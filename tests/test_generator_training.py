@@ -33,6 +33,7 @@ from dasheng_tokenizer.errors import (
     DataError,
     ModelMismatchError,
 )
+from dasheng_tokenizer.generation import training_data
 from dasheng_tokenizer.generation.dit import DiffusionTransformer
 from dasheng_tokenizer.generation.generator import Generator
 from dasheng_tokenizer.generation.latent_dataset import LatentDataset
@@ -285,6 +286,31 @@ def test_balance_shows_every_group_equally_often(latents: Path, settings: dict[s
     assert [clips.tolist() for clips in by_label] == [list(range(1, CLIPS, 2)), list(range(0, CLIPS, 2))]
     with pytest.raises(ConfigurationError, match="'genre'.*domain"):
         make_crops(latents, make_config(settings, {"balance": "genre"}))
+
+
+def test_evened_groups_show_their_classes_equally_often(latents: Path, settings: dict[str, Any]) -> None:
+    class Labels:
+        """Events of twelve clips, two of which have none."""
+
+        events = ("dog",) * 6 + ("bell",) * 3 + ("rain",) + (None,) * 2
+
+        def description(self, index: int) -> tuple[str, list[str], dict[str, Any]]:
+            return "", [], {"event": self.events[index]}
+
+    dataset: Any = Labels()
+    epoch = training_data._evened(dataset, np.arange(12), "event")
+    visits = Counter(dataset.events[clip] for clip in epoch)
+    assert visits == {"dog": 6, "bell": 6, "rain": 6, None: 6}
+    assert set(Counter(epoch.tolist()).values()) == {1, 2, 6, 3}
+    assert training_data._evened(dataset, np.arange(6, 9), "event").tolist() == [6, 7, 8]
+    evened = make_crops(latents, make_config(settings, {"balance": "domain", "evened": {"sound": "domain"}}))
+    plain = make_crops(latents, make_config(settings, {"balance": "domain"}))
+    assert [evened._visited(place) for place in range(50)] == [plain._visited(place) for place in range(50)]
+    for evened_by, message in (({"sound": "colour"}, "data.evened: no clip"), ({"light": "domain"}, "'light'")):
+        with pytest.raises(ConfigurationError, match=message):
+            make_crops(latents, make_config(settings, {"balance": "domain", "evened": evened_by}))
+    with pytest.raises(ConfigurationError, match=r"data\.evened is of"):
+        make_config(settings, {"evened": {"sound": "event"}})
 
 
 def test_shares_show_groups_in_proportion(latents: Path, settings: dict[str, Any]) -> None:

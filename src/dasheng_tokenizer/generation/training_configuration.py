@@ -28,6 +28,8 @@ class LatentDataConfig:
         batch_size: clips a step, over all processes together.
         balance: name of a label, such as `domain`: every value of it is seen equally often. None: every clip is.
         shares: how often values of `balance` are seen in proportion to the others, such as {sound: 2}; 1 where absent.
+        evened: for values of `balance`, another label whose values are seen equally often among their clips, such as
+            {sound: event}.
         load_ahead: read the next batches in a thread while the step is computed.
     """
 
@@ -39,6 +41,7 @@ class LatentDataConfig:
     batch_size: int = 16
     balance: str | None = None
     shares: dict[str, int] = field(default_factory=dict)
+    evened: dict[str, str] = field(default_factory=dict)
     load_ahead: bool = True
 
     def __post_init__(self) -> None:
@@ -54,6 +57,8 @@ class LatentDataConfig:
             raise ConfigurationError(f"data.batch_size must be at least 1, not {self.batch_size}")
         if self.shares and self.balance is None:
             raise ConfigurationError("data.shares are of the values of data.balance; name that label, too")
+        if self.evened and self.balance is None:
+            raise ConfigurationError("data.evened is of the values of data.balance; name that label, too")
         if few := [name for name, share in self.shares.items() if share < 1]:
             raise ConfigurationError(f"data.shares.{few[0]} must be at least 1, not {self.shares[few[0]]}")
 

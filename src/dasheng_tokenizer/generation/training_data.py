@@ -7,7 +7,7 @@ its loss does not depend on the number of processes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +84,8 @@ class LatentCrops:
 
     An epoch visits each clip once, in an order that hangs on (seed, epoch). With `data.balance`, clips with the same
     value of that label are a group; every group has epochs of its own and is visited equally often, or as often as
-    `data.shares` says. Crop, caption, whether the text is dropped, and the noise hang on (seed, place in the endless
-    sequence of visits).
+    `data.shares` says; with `data.evened`, clips of small classes of a group come several times an epoch. Crop, caption,
+    whether the text is dropped, and the noise hang on (seed, place in the endless sequence of visits).
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class LatentCrops:
 
         Raises:
             ConfigurationError: the batch cannot be shared evenly, crops are shorter than a token, no clip has the
-                label of `data.balance`, or none the value of a share.
+                label of `data.balance` or of `data.evened`, or none a value that shares or evened groups name.
         """
         self.dataset, self.texts, self.config = dataset, texts, config
         self._slice = local_slice(config.data.batch_size, rank, world_size)
@@ -119,6 +119,12 @@ class LatentCrops:
         shortest = config.data.min_crop_seconds
         self._least = None if shortest is None else max(1, int(shortest * dataset.index.frame_rate + 1e-6))
         groups = _groups(dataset, config.data.balance)
+        if unknown := sorted(set(config.data.evened) - set(groups)):
+            raise ConfigurationError(
+                f"data.evened: no clip has the value {unknown[0]!r}; there are: {', '.join(groups)}"
+            )
+        for name, label in config.data.evened.items():
+            groups[name] = _evened(dataset, groups[name], label)
         self._groups = list(groups.values())
         self._slots = _slots(list(groups), config.data.shares)
         self._orders: dict[int, tuple[int, npt.NDArray[np.int64]]] = {}
@@ -295,15 +301,28 @@ def _groups(dataset: LatentDataset, label: str | None) -> dict[str, npt.NDArray[
     """Clips by their value of a label, those without it as ""; all as one group without a label."""
     if label is None:
         return {"": np.arange(len(dataset))}
+    return _by_label(dataset, range(len(dataset)), label, "data.balance")
+
+
+def _evened(dataset: LatentDataset, clips: npt.NDArray[np.int64], label: str) -> npt.NDArray[np.int64]:
+    """Clips of a group, each value of a label as often as the commonest: those of rarer ones come several times."""
+    classes = _by_label(dataset, clips.tolist(), label, "data.evened").values()
+    most = max(map(len, classes))
+    return np.concatenate([np.resize(members, most) for members in classes])
+
+
+def _by_label(
+    dataset: LatentDataset, clips: Iterable[int], label: str, setting: str
+) -> dict[str, npt.NDArray[np.int64]]:
     members: dict[str, list[int]] = defaultdict(list)
     known: set[str] = set()
-    for index in range(len(dataset)):
+    for index in clips:
         labels = dataset.description(index)[2]
         known |= labels.keys()
         members["" if labels.get(label) is None else str(labels[label])].append(index)
     if set(members) == {""}:
         has = ", ".join(sorted(known)) or "none"
-        raise ConfigurationError(f"data.balance: no clip has the label {label!r}; labels of this data are: {has}")
+        raise ConfigurationError(f"{setting}: no clip has the label {label!r}; labels of this data are: {has}")
     return {name: np.array(members[name]) for name in sorted(members)}
 
 
