@@ -84,8 +84,8 @@ class LatentCrops:
 
     An epoch visits each clip once, in an order that hangs on (seed, epoch). With `data.balance`, clips with the same
     value of that label are a group; every group has epochs of its own and is visited equally often, or as often as
-    `data.shares` says; with `data.evened`, clips of small classes of a group come several times an epoch. Crop, caption,
-    whether the text is dropped, and the noise hang on (seed, place in the endless sequence of visits).
+    `data.shares` says; with `data.evened`, clips of small classes of a group come several times an epoch. Crop,
+    caption, whether the text is dropped, and the noise hang on (seed, place in the endless sequence of visits).
     """
 
     def __init__(
