@@ -3,7 +3,8 @@
 python recipes/embed_model.py generator runs/generator/model [--report docs/reports/generator.json] [-o FOLDER]
 python recipes/embed_model.py enhancer runs/enhancement/model [--report docs/reports/enhancement.json] [-o FOLDER]
 
-The tokenizer itself: recipes/embed_default.py.
+The tokenizer itself: recipes/embed_default.py. A model may be trained before the decoder of its tokenizer is, on
+latents that are final (`freeze_acoustic`): `--tokenizer` names the finished one, whose latents must be the same.
 """
 
 from __future__ import annotations
@@ -16,11 +17,30 @@ from pathlib import Path
 import torch
 from embed_default import write_card
 
+from dasheng_tokenizer import DashengTokenizerModel
 from dasheng_tokenizer.enhancement import Denoiser
 from dasheng_tokenizer.generation import Generator
 
 MODELS: dict[str, type[Generator] | type[Denoiser]] = {"generator": Generator, "enhancer": Denoiser}
 RECIPES = {"generator": "recipes/generator.yaml", "enhancer": "recipes/enhancement.yaml"}
+
+
+MOST_DIFFERENT = 0.01
+"""Relative distance of latents of one clip that rounding to float16 may make."""
+
+
+def belong_to(model: Generator | Denoiser, finished: str) -> None:
+    """Hand a model over to a tokenizer whose latents are those that it was trained on."""
+    audio = 0.1 * torch.randn(1, 48_000, generator=torch.Generator().manual_seed(0)).cumsum(1).sin()
+    tokenizers = [DashengTokenizerModel.from_pretrained(name).eval() for name in (model.info.tokenizer, finished)]
+    if tokenizers[0].weights_hash() != model.info.tokenizer_hash:
+        raise SystemExit(f"{model.info.tokenizer} is no longer the tokenizer that this model was trained with")
+    with torch.no_grad():
+        trained, wanted = (tokenizer.encode(audio) for tokenizer in tokenizers)
+    if trained.shape != wanted.shape or float((trained - wanted).norm() / trained.norm()) > MOST_DIFFERENT:
+        raise SystemExit(f"{finished} has other latents than {model.info.tokenizer}; train the model on its own")
+    facts = {"tokenizer": None, "tokenizer_hash": tokenizers[1].weights_hash()}
+    model.info = dataclasses.replace(model.info, **facts)  # type: ignore[type-var]
 
 
 def embed(model: Generator | Denoiser, kind: str, target: Path, settings: str) -> None:
@@ -42,13 +62,17 @@ def main() -> None:
     parser.add_argument("kind", choices=sorted(MODELS))
     parser.add_argument("model", type=Path, help="folder of the model, such as runs/generator/model")
     parser.add_argument("--settings", default="", help="KEY=VALUE pairs that the run was given beside the recipe")
+    parser.add_argument("--tokenizer", help="finished tokenizer with the same latents, such as the embedded default")
     parser.add_argument("--report", type=Path, help="report whose figures go on the card")
     parser.add_argument("-o", "--output", type=Path, help="default: the place in the package")
     parser.add_argument("--card-only", action="store_true", help="keep the weights, renew the card")
     arguments = parser.parse_args()
     target = arguments.output or Path("src/dasheng_tokenizer/embedded") / arguments.kind
     if not arguments.card_only:
-        embed(MODELS[arguments.kind].from_pretrained(arguments.model), arguments.kind, target, arguments.settings)
+        model = MODELS[arguments.kind].from_pretrained(arguments.model)
+        if arguments.tokenizer is not None:
+            belong_to(model, arguments.tokenizer)
+        embed(model, arguments.kind, target, arguments.settings)
     card = Path(__file__).parent / f"embedded_{arguments.kind}_card.md"
     write_card(card, target, MODELS[arguments.kind].from_pretrained(target).info.provenance, arguments.report)
 
