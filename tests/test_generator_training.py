@@ -295,7 +295,7 @@ def test_evened_groups_show_their_classes_equally_often(latents: Path, settings:
         events = ("dog",) * 6 + ("bell",) * 3 + ("rain",) + (None,) * 2
 
         def description(self, index: int) -> tuple[str, list[str], dict[str, Any]]:
-            return "", [], {"event": self.events[index]}
+            return "", [], {"domain": "sound", "labels": {"event": self.events[index]}}
 
     dataset: Any = Labels()
     epoch = training_data._evened(dataset, np.arange(12), "event")

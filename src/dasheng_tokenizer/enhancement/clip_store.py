@@ -174,13 +174,6 @@ def matches(labels: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
     return True
 
 
-def label(labels: Mapping[str, Any], name: str) -> str | None:
-    """A label as text, also one of the group `labels`; None where there is none."""
-    inner = labels.get("labels")
-    found = labels.get(name, inner.get(name) if isinstance(inner, Mapping) else None)
-    return None if found is None else str(found)
-
-
 def _part_name(shard: Shard) -> str:
     """Names and sizes alone would not tell clean from noisy recordings, which share both: some content counts too."""
     content = json.dumps([STORE_VERSION, shard.identity(), [_middle(file) for file in shard.files]])

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dasheng_tokenizer.enhancement.clip_store import ClipStore, label
+from dasheng_tokenizer.enhancement.clip_store import ClipStore
 from dasheng_tokenizer.enhancement.degradations import MAX_COMPRESSION, TELEPHONE, band_limit, clip, code
 from dasheng_tokenizer.enhancement.mixture_configuration import KINDS, Kind, MixtureConfig
 from dasheng_tokenizer.enhancement.rooms import reverberate
 from dasheng_tokenizer.errors import AudioError, ConfigurationError
 from dasheng_tokenizer.spectral import SAMPLING_RATE
+from dasheng_tokenizer.training.clips import clip_label
 
 Samples = npt.NDArray[np.float32]
 
@@ -158,7 +159,7 @@ class Mixtures:
             raise ConfigurationError("there are no rooms; set mixture.reverberation to 0")
         weights = np.array([config.kinds.get(kind, 0.0) for kind in KINDS])
         self._bounds = np.cumsum(weights / weights.sum())
-        speakers = [label(labels, "speaker") for labels in speech.labels]
+        speakers = [clip_label(labels, "speaker") for labels in speech.labels]
         self._speakers: Sequence[str | None] = speakers
         lines: dict[str, list[int]] = defaultdict(list)
         for index, speaker in enumerate(speakers):

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dasheng_tokenizer.audio import READ_SUFFIXES
-from dasheng_tokenizer.enhancement.clip_store import ClipStore, label, prepare_clips
+from dasheng_tokenizer.enhancement.clip_store import ClipStore, prepare_clips
 from dasheng_tokenizer.enhancement.mixtures import leveled, mix
 from dasheng_tokenizer.errors import ConfigurationError, DataError
+from dasheng_tokenizer.training.clips import clip_label
 
 RATE = 16_000
 
@@ -150,7 +151,7 @@ class MixtureSet:
         for index in self._chosen:
             name, clean, labels = self._names[index], self._speech.audio(index), self._speech.labels[index]
             noise, kind = self._noise_for(name, clean.size)
-            facts = {"text": label(labels, "text"), "language": label(labels, "language")}
+            facts = {"text": clip_label(labels, "text"), "language": clip_label(labels, "language")}
             for snr in self.snrs:
                 noisy, beside, _ = leveled(mix(clean, noise, snr), clean, 0.0)
                 yield Example(f"{name} at {snr:g} dB", name, noisy, beside, float(snr), kind, **facts)
@@ -179,9 +180,9 @@ class MixtureSet:
 
     def _type(self, labels: Mapping[str, Any]) -> str:
         if self.noise_label is not None:
-            return label(labels, self.noise_label) or UNKNOWN
-        more = next((found for name in NOISE_NAMES if (found := label(labels, name))), None)
-        return "/".join(part for part in (label(labels, "domain"), more) if part) or UNKNOWN
+            return clip_label(labels, self.noise_label) or UNKNOWN
+        more = next((found for name in NOISE_NAMES if (found := clip_label(labels, name))), None)
+        return "/".join(part for part in (clip_label(labels, "domain"), more) if part) or UNKNOWN
 
 
 def _unique_keys(store: ClipStore) -> list[str]:

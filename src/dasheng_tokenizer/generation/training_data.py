@@ -24,6 +24,7 @@ from dasheng_tokenizer.generation.text_encoders import TextEncoder, pad_text
 from dasheng_tokenizer.generation.training_configuration import GeneratorTrainingConfig
 from dasheng_tokenizer.generation.training_texts import all_captions, embed_captions
 from dasheng_tokenizer.semantic_encoder import token_mask
+from dasheng_tokenizer.training.clips import clip_label
 from dasheng_tokenizer.training.data import load_ahead, local_slice
 
 if TYPE_CHECKING:
@@ -319,7 +320,7 @@ def _by_label(
     for index in clips:
         labels = dataset.description(index)[2]
         known |= labels.keys()
-        members["" if labels.get(label) is None else str(labels[label])].append(index)
+        members[clip_label(labels, label) or ""].append(index)
     if set(members) == {""}:
         has = ", ".join(sorted(known)) or "none"
         raise ConfigurationError(f"{setting}: no clip has the label {label!r}; labels of this data are: {has}")

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -285,3 +285,10 @@ def _sample_members(sample: dict[str, Any]) -> Iterable[tuple[str, bytes, bytes 
         if not name.startswith("__") and f".{suffix}" in READ_SUFFIXES:
             dotted = f".{stem}" if stem else ""
             yield sample["__key__"] + dotted, data, sample.get(f"{stem}.json" if stem else "json")
+
+
+def clip_label(labels: Mapping[str, Any], name: str) -> str | None:
+    """A label as text, also one of the group `labels`; None where there is none."""
+    inner = labels.get("labels")
+    found = labels.get(name, inner.get(name) if isinstance(inner, Mapping) else None)
+    return None if found is None else str(found)
