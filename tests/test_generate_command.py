@@ -117,7 +117,7 @@ def test_bad_texts_are_named_and_the_others_done(
         (["rain", "--batch-size", "0"], "--batch-size 0"),
         (["rain", "--seed", "-1"], "--seed -1"),
         (["rain", "--guidance", "-2"], "guidance -2"),
-        (["rain", "--method", "heun"], "invalid choice"),
+        (["rain", "--method", "leap"], "invalid choice"),
         (["rain", "a dog", "-o", "one.wav"], "several clips"),
         (["rain", "--count", "2", "-o", "one.wav"], "several clips"),
     ],

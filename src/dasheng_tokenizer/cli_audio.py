@@ -30,6 +30,8 @@ from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError, 
 from dasheng_tokenizer.files import atomic_path, require_extra
 
 if TYPE_CHECKING:
+    import torch
+
     from dasheng_tokenizer.tokenizer import DashengTokenizerModel
 
 Progress = Callable[[float, float], None]
@@ -54,16 +56,27 @@ def load_model(name: str | None, device: str | None, dtype: str | None) -> Dashe
     from dasheng_tokenizer.tokenizer import DashengTokenizerModel
 
     logging.disable_progress_bar()  # loading takes less than a second per GB
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"device {chosen!r} cannot be used ({reason}); give --device cpu or cuda") from error
+    chosen = chosen_device(device)
     kwargs = {"dtype": getattr(torch, dtype or "float32")}
     model: DashengTokenizerModel = DashengTokenizerModel.from_pretrained(*([name] if name else []), **kwargs)
     model.to(device=chosen)  # type: ignore[call-arg]
     return model.eval()
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of that name; None takes CUDA where there is one.
+
+    Raises:
+        ConfigurationError: there is no such device.
+    """
+    import torch
+
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=chosen).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"device {chosen!r} cannot be used ({reason}); give --device cpu or cuda") from error
 
 
 @contextmanager

@@ -7,20 +7,28 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from dasheng_tokenizer.audio import WRITE_FORMATS
-from dasheng_tokenizer.cli_generate_requests import END_OF_SEEDS, KEYS, Request, read_requests
+from dasheng_tokenizer.cli_generate_requests import END_OF_SEEDS, KEYS, PARTS, Request, read_requests
 from dasheng_tokenizer.cli_paths import is_output_file
 from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError, TextError
 from dasheng_tokenizer.files import make_folder
 
 if TYPE_CHECKING:
-    from dasheng_tokenizer.generation.pipeline import TextToAudioPipeline
+    from dasheng_tokenizer.generation.pipeline import AudioPipeline
+
+PART_HELP = {
+    "speech": "who speaks, and how",
+    "transcript": "the words that are spoken",
+    "sfx": "sound effects",
+    "music": "music",
+    "ambience": "surroundings",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +98,8 @@ def add_generate_command(commands: argparse._SubParsersAction[argparse.ArgumentP
     text = "texts → audio files (TEXT.seedN.wav)"
     command = commands.add_parser("generate", help=text, description=text)
     command.add_argument("texts", nargs="*", metavar="TEXT", help="what shall be heard")
+    for name, about in PART_HELP.items():
+        command.add_argument(f"--{name}", metavar="TEXT", help=f"{about}, of every TEXT (published sibling only)")
     command.add_argument(
         "--from-file",
         type=Path,
@@ -103,19 +113,19 @@ def add_generate_command(commands: argparse._SubParsersAction[argparse.ArgumentP
         metavar="OUT",
         help="file for one clip, else folder, which gets a list of its clips (default: the current one, without list)",
     )
-    command.add_argument(
-        "--seconds", type=float, metavar="S", help="length of a clip (default: the model's typical one)"
-    )
+    command.add_argument("--seconds", type=float, metavar="S", help="length of a clip (default: the model's choice)")
     command.add_argument("--steps", type=int, default=25, metavar="N", help="of the sampler (default: 25)")
     command.add_argument(
         "--guidance",
         type=float,
-        default=3.0,
         metavar="G",
-        help="1 follows the text, above it exaggerates it, 0 ignores it (default: 3)",
+        help="1 follows the text, above it exaggerates it, 0 ignores it (default: 3; published sibling: 5)",
     )
     command.add_argument(
-        "--method", choices=("euler", "midpoint"), default="euler", help="midpoint is finer and costs twice as much"
+        "--method",
+        choices=("euler", "midpoint", "heun"),
+        default="euler",
+        help="the other two are finer and cost twice as much a step",
     )
     command.add_argument(
         "--seed", type=int, default=0, metavar="K", help="the same seed gives the same clip (default: 0)"
@@ -123,8 +133,13 @@ def add_generate_command(commands: argparse._SubParsersAction[argparse.ArgumentP
     command.add_argument(
         "--count", type=int, default=1, metavar="N", help="clips a text, of seeds K, K+1, … (default: 1)"
     )
-    command.add_argument("--model", metavar="GENERATOR", help="generator folder (default: the embedded one)")
+    command.add_argument(
+        "--model", metavar="GENERATOR", help="generator folder or hub name (default: the embedded one)"
+    )
     command.add_argument("--tokenizer", metavar="M", help="tokenizer folder or hub name (default: the generator's own)")
+    command.add_argument("--text-encoder", metavar="T", help="text encoder folder or hub name (default: its own)")
+    command.add_argument("--text-encoder-on-cpu", action="store_true", help="saves memory (published sibling only)")
+    command.add_argument("--compile", action="store_true", help="with torch.compile (published sibling only)")
     command.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     command.add_argument("--batch-size", type=int, default=8, metavar="B", help="clips sampled at once (default: 8)")
     command.add_argument("--format", choices=("wav", "flac"), default="wav", help="audio format (default: wav)")
@@ -139,7 +154,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
         TextError: the file of texts or requests cannot be read, has none, or a line is no request.
         DataError: the folder of the outputs has a damaged `generated.jsonl`.
         OutputError: the folder of the outputs cannot be made, or the list in it not be written.
-        CheckpointError, ModelMismatchError, MissingExtraError: see `TextToAudioPipeline.from_pretrained`.
+        CheckpointError, ModelMismatchError, MissingExtraError: see `load_pipeline`.
     """
     folder = None if is_output_file(arguments.output, WRITE_FORMATS) else arguments.output or Path()
     jobs, failed = _plan(arguments, folder)
@@ -152,10 +167,17 @@ def run_generate(arguments: argparse.Namespace) -> int:
             todo.append(job)
     done = 0
     if todo:
-        from dasheng_tokenizer.generation.pipeline import TextToAudioPipeline
+        from dasheng_tokenizer.generation.loading import load_pipeline
 
         make_folder(todo[0].target.parent)  # a slip there shows before the work and not after it
-        pipeline = TextToAudioPipeline.from_pretrained(arguments.model, arguments.tokenizer, device=arguments.device)
+        pipeline = load_pipeline(
+            arguments.model,
+            arguments.tokenizer,
+            arguments.text_encoder,
+            arguments.device,
+            offload_text_encoder=arguments.text_encoder_on_cpu,
+            compiled=arguments.compile,
+        )
         done = _generate(pipeline, _with_lengths(pipeline, todo, arguments.seconds), listed, arguments)
         failed += len(todo) - done
     if len(jobs) + failed > 1:
@@ -168,14 +190,16 @@ def _plan(arguments: argparse.Namespace, folder: Path | None) -> tuple[list[Job]
     from dasheng_tokenizer.generation.text_encoders import checked_texts
 
     _check(arguments)
+    parts = {name: getattr(arguments, name) for name in PARTS if getattr(arguments, name) is not None}
     requests = [Request(text) for text in dict.fromkeys(text.strip() for text in arguments.texts)]
     if arguments.from_file is not None:
         requests += read_requests(arguments.from_file, arguments.count)
+    requests = [replace(request, parts={**parts, **request.parts}) for request in requests]
     jobs: dict[str, Job] = {}
     bad: list[str] = []
     for request in requests:
         try:
-            checked_texts([request.text])
+            checked_texts([str(request.prompt)])
         except TextError as error:
             bad.append(f"error: {request.name}: {error}")
             continue
@@ -201,31 +225,34 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigurationError(f"--seed {arguments.seed} is outside 0 … 2⁶³ - 1")
 
 
-def _with_lengths(pipeline: TextToAudioPipeline, jobs: Sequence[Job], seconds: float | None) -> list[tuple[Job, float]]:
-    """The clips with their lengths, longest first; lines that ask for more than the generator can make are named.
+def _with_lengths(
+    pipeline: AudioPipeline, jobs: Sequence[Job], seconds: float | None
+) -> list[tuple[Job, float | None]]:
+    """The clips with the lengths asked for, longest first; lines that the generator cannot make are named.
 
     Clips of similar length share a batch, which saves padding; memory that does not suffice shows at once.
 
     Raises:
         ConfigurationError: the length for all clips is out of range.
     """
-    common = pipeline.generator.info.default_seconds if seconds is None else seconds
-    found = []
+    found: list[tuple[Job, float | None]] = []
     for job in jobs:
-        length = common if job.request.seconds is None else job.request.seconds
+        length = seconds if job.request.seconds is None else job.request.seconds
         try:
-            pipeline.check_seconds(length)
-        except ConfigurationError as error:
-            if job.request.seconds is None:
+            pipeline.texts([job.request.prompt])
+            if length is not None:
+                pipeline.check_seconds(length)
+        except (ConfigurationError, TextError) as error:
+            if isinstance(error, ConfigurationError) and job.request.seconds is None:
                 raise
             _say(f"error: {job.request.name}: {error}", error=True)
             continue
         found.append((job, length))
-    return sorted(found, key=lambda pair: -pair[1])
+    return sorted(found, key=lambda pair: -(pair[1] or 0.0))
 
 
 def _generate(
-    pipeline: TextToAudioPipeline, jobs: Sequence[tuple[Job, float]], listed: ClipList, arguments: argparse.Namespace
+    pipeline: AudioPipeline, jobs: Sequence[tuple[Job, float | None]], listed: ClipList, arguments: argparse.Namespace
 ) -> int:
     """Make the clips batch by batch, so that what is done is on the disk; returns how many were made."""
     size, made = arguments.batch_size, 0
@@ -238,7 +265,7 @@ def _generate(
         for batch in batches:
             try:
                 clips = pipeline(
-                    [job.request.text for job, _ in batch],
+                    [job.request.prompt for job, _ in batch],
                     [seconds for _, seconds in batch],
                     steps=arguments.steps,
                     guidance=arguments.guidance,
@@ -262,7 +289,7 @@ def _generate(
                 except DashengTokenizerError as error:
                     _say(f"error: {error}", error=True)
                     continue
-                _say(f"{clip.text[:60]!r} → {job.target} ({clip.seconds:.2f} s, seed {clip.seed})")
+                _say(f"{job.request.text[:60]!r} → {job.target} ({clip.seconds:.2f} s, seed {clip.seed})")
                 written.append(job)
             listed.add(written)
             made += len(written)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dasheng_tokenizer.errors import TextError
+from dasheng_tokenizer.generation.scene_prompt import ScenePrompt
 
 REQUESTS = ".jsonl"
 """Suffix of a file of requests; any other file has one text a line."""
@@ -19,7 +20,10 @@ REQUESTS = ".jsonl"
 END_OF_SEEDS = 2**63
 """Seeds lie below it; see `Generator.sample`."""
 
-KEYS = ("text", "seconds", "seed", "labels", "reference")
+PARTS = ("speech", "transcript", "sfx", "music", "ambience")
+"""Of a prompt, beside its caption; see `generation.scene_prompt`."""
+
+KEYS = ("text", "seconds", "seed", "labels", "reference", *PARTS)
 
 _NAME = 40
 """Characters of the text that the name of its file keeps."""
@@ -35,6 +39,7 @@ class Request:
         seed: None: that of all clips.
         labels: what the clip should be recognised as.
         reference: key of the real clip that it answers to.
+        parts: of the prompt, beside the text, which is its caption; those of `PARTS` that are there.
         origin: file and line, for messages; empty for plain texts.
     """
 
@@ -43,7 +48,17 @@ class Request:
     seed: int | None = None
     labels: dict[str, Any] = field(default_factory=dict)
     reference: str | None = None
+    parts: dict[str, str] = field(default_factory=dict)
     origin: str = ""
+
+    @property
+    def prompt(self) -> str | ScenePrompt:
+        """What a pipeline is given.
+
+        Raises:
+            TextError: parts that make no prompt.
+        """
+        return ScenePrompt.of(self.text, self.parts) if self.parts else self.text
 
     @property
     def name(self) -> str:
@@ -53,7 +68,7 @@ class Request:
     @property
     def stem(self) -> str:
         """Name of its files, but for seed and format; equal for equal requests only, whatever the seed."""
-        more = {"seconds": self.seconds, "labels": self.labels, "reference": self.reference}
+        more = {"seconds": self.seconds, "labels": self.labels, "reference": self.reference, "parts": self.parts}
         more = {key: value for key, value in more.items() if value not in (None, {})}
         if not more:
             return file_name(self.text)
@@ -62,7 +77,8 @@ class Request:
 
     def row(self, file: str, seed: int) -> dict[str, Any]:
         """The line of `generated.jsonl` for one of its clips."""
-        row = {"file": file, "text": self.text, "seed": seed, "labels": self.labels, "reference": self.reference}
+        row = {"file": file, "text": self.text, **self.parts, "seed": seed, "labels": self.labels}
+        row["reference"] = self.reference
         return {key: value for key, value in row.items() if value not in (None, {})}
 
 
@@ -116,7 +132,10 @@ def _request(line: str, where: str, count: int) -> Request:
         raise TextError(f'{where}: "labels" must be an object, such as {{"drum": "snare"}}')
     if reference is not None and not (isinstance(reference, str) and reference.strip()):
         raise TextError(f'{where}: "reference" is {reference!r}; write the key of a real clip, a string')
-    return Request(text.strip(), None if seconds is None else float(seconds), seed, labels, reference, where)
+    parts = {name: held[name] for name in PARTS if name in held}
+    if wrong := [name for name, part in parts.items() if not isinstance(part, str)]:
+        raise TextError(f'{where}: "{wrong[0]}" is {parts[wrong[0]]!r}; write a string')
+    return Request(text.strip(), None if seconds is None else float(seconds), seed, labels, reference, parts, where)
 
 
 def _is_number(value: object) -> bool:

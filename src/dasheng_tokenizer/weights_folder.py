@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,34 @@ def read_weights_folder(path: Path, kind: str) -> tuple[dict[str, Any], dict[str
         raise CheckpointError(f"{path}: no such folder; name that of a {kind}, with {CONFIG} and {WEIGHTS}")
     config = _read_config(path, kind)
     return config, _read_weights(path, kind, config.get("weights"))
+
+
+def model_folder(name: str | os.PathLike[str], kind: str) -> Path:
+    """A folder as it is; of a hub name OWNER/NAME the folder in the local cache that its files were downloaded to.
+
+    Only JSON and safetensors are fetched: nothing that runs and nothing that is unpickled.
+
+    Raises:
+        CheckpointError: no such folder and no hub name, or it cannot be downloaded.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise CheckpointError(
+            f"{name}: no such folder, and no hub name of the form OWNER/NAME; name that of a {kind}, with {CONFIG} and "
+            f"{WEIGHTS}"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # many kinds: network, names, permissions, an incomplete cache
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{name}: no such folder, and it cannot be had from the hub ({reason}); check the name and the network, or "
+            f"name a folder of the {kind}"
+        ) from error
 
 
 def check_weights(path: Path, kind: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

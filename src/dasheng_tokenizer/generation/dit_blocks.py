@@ -25,11 +25,16 @@ NORM_EPS = 1e-6
 
 def time_features(t: Tensor) -> Tensor:
     """(B,) times in [0, 1] → (B, 256) float32: cosines, then sines, of 1000·t at frequencies from 1 to 1/10000."""
+    return sinusoids(TIME_SCALE * t.float())
+
+
+def sinusoids(position: Tensor) -> Tensor:
+    """(B,) float32 → (B, 256): cosines, then sines, at frequencies from 1 to 1/10000."""
     half = TIME_FEATURES // 2
     frequencies = torch.exp(
-        -math.log(10_000.0) / half * torch.arange(half, device=t.device, dtype=torch.float32)
+        -math.log(10_000.0) / half * torch.arange(half, device=position.device, dtype=torch.float32)
     )  # (128,)
-    angles = TIME_SCALE * t.float()[:, None] * frequencies  # (B, 128)
+    angles = position[:, None] * frequencies  # (B, 128)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
 
 

@@ -21,7 +21,7 @@ from dasheng_tokenizer.errors import ConfigurationError
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x (B, T, C), t (B,)) → velocity (B, T, C)."""
 
-Method = Literal["euler", "midpoint"]
+Method = Literal["euler", "midpoint", "heun"]
 TimestepDistribution = Literal["uniform", "logit_normal"]
 Progress = Callable[[int, int], None]
 """Called with steps done and steps in all."""
@@ -105,14 +105,13 @@ def integrate(
 ) -> Tensor:
     """Follow a velocity field from `noise` (B, T, C) through `times` (N + 1,); the state keeps the type of the noise.
 
-    Euler asks for one velocity a step and its error falls with the step size; midpoint asks for two and its error falls
-    with the square.
+    Euler asks for one velocity a step and its error falls with the step size; midpoint and Heun (the trapezoidal rule)
+    ask for two and their error falls with its square.
 
     Raises:
         ConfigurationError: an unknown method.
     """
-    if method not in get_args(Method):
-        raise _unknown("method", method, get_args(Method))
+    check_method(method)
     x = noise
     steps = len(times) - 1
     for index, (start, end) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
@@ -121,10 +120,34 @@ def integrate(
         slope = velocity(x, now).to(x.dtype)  # (B, T, C)
         if method == "midpoint":
             slope = velocity(x + step / 2 * slope, now + step / 2).to(x.dtype)  # (B, T, C)
+        elif method == "heun":
+            slope = (slope + velocity(x + step * slope, now + step).to(x.dtype)) / 2  # (B, T, C)
         x = x + step * slope
         if progress is not None:
             progress(index + 1, steps)
     return x
+
+
+def evaluation_times(times: Tensor, method: Method = "euler") -> Tensor:
+    """Every time (M,) at which `integrate` asks for a velocity, sorted: for what can be computed ahead.
+
+    Raises:
+        ConfigurationError: an unknown method.
+    """
+    check_method(method)
+    if method == "midpoint":
+        return torch.cat([times[:-1], (times[:-1] + times[1:]) / 2]).sort().values
+    return times if method == "heun" else times[:-1]
+
+
+def check_method(method: str) -> None:
+    """Refuse a method that `integrate` does not know.
+
+    Raises:
+        ConfigurationError: naming those that it does.
+    """
+    if method not in get_args(Method):
+        raise _unknown("method", method, get_args(Method))
 
 
 def guided(velocity_for: Callable[[tuple[bool, ...]], Velocity], guidance: float) -> Velocity:

@@ -17,27 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, LatentError
+from dasheng_tokenizer.errors import CheckpointError, ConfigurationError
 from dasheng_tokenizer.generation.dit import DiffusionTransformer, DiTConfig
-from dasheng_tokenizer.generation.flow_matching import (
-    Method,
-    Progress,
-    Velocity,
-    guided,
-    integrate,
-    timestep_schedule,
-)
+from dasheng_tokenizer.generation.flow_matching import Method, Progress, Velocity
+from dasheng_tokenizer.generation.sampling import STEPS, SWAY, clip_mask, sample_clips
 from dasheng_tokenizer.generation.text_encoders import pad_text
-from dasheng_tokenizer.semantic_encoder import token_mask
-from dasheng_tokenizer.weights_folder import check_weights, damaged, read_weights_folder, write_weights_folder
+from dasheng_tokenizer.weights_folder import (
+    check_weights,
+    damaged,
+    model_folder,
+    read_weights_folder,
+    write_weights_folder,
+)
 
 KIND = "generator"
 """Of its folder, see `weights_folder`."""
 
-STEPS, GUIDANCE, SWAY = 25, 3.0, -1.0
-"""Steps and sway are those of the published text-to-audio sibling."""
-
-MAX_SEED = 2**63 - 1
+GUIDANCE = 3.0
 
 _LEAST_STD = 1e-3
 """Of the mean standard deviation: a dimension that never changes in the data must not be divided by zero."""
@@ -161,35 +157,21 @@ class Generator(nn.Module):
             ConfigurationError: settings out of range, or lists of different length.
             LatentError: the result is not finite.
         """
-        if not len(text) == len(num_tokens) == len(seeds):
-            raise ConfigurationError(
-                f"{len(text)} texts, {len(num_tokens)} lengths and {len(seeds)} seeds: each clip needs one of all three"
-            )
-        times = timestep_schedule(steps, sway)
-        if not text:
-            return []
-        noise = nn.utils.rnn.pad_sequence(
-            [self._noise(seed, count) for seed, count in zip(seeds, num_tokens, strict=True)], batch_first=True
-        ).to(self.latent_mean.device)  # (B, T, C)
-        mask = token_mask(torch.tensor(list(num_tokens), device=noise.device), noise.shape[1])  # (B, T)
-        velocity = guided(lambda conditional: self._velocity(text, mask, conditional), guidance)
-        latents = self.restore(integrate(velocity, noise, times, method, progress))  # (B, T, C)
-        clips = [clip[:count] for clip, count in zip(latents, num_tokens, strict=True)]
-        if bad := [index for index, clip in enumerate(clips) if not bool(torch.isfinite(clip).all())]:
-            raise LatentError(
-                f"sampling clip {bad[0]} ended in NaN or infinity; lower the guidance ({guidance}), take more steps, "
-                "or run the transformer in float32"
-            )
-        return clips
-
-    def _noise(self, seed: int, count: int) -> Tensor:
-        """(count, C) standard normal, a function of the seed and the count alone."""
-        if not 0 <= seed <= MAX_SEED:
-            raise ConfigurationError(f"seed {seed} is outside 0 … 2⁶³ - 1")
-        if count < 1:
-            raise ConfigurationError(f"a clip of {count} tokens was asked for; it needs at least one")
-        source = torch.Generator("cpu").manual_seed(seed)
-        return torch.randn(count, self.dit.config.latent_dim, generator=source)
+        mask = clip_mask(num_tokens, self.latent_mean.device)  # (B, T)
+        clips = sample_clips(
+            lambda conditional: self._velocity(text, mask, conditional),
+            len(text),
+            num_tokens,
+            seeds,
+            self.dit.config.latent_dim,
+            self.latent_mean.device,
+            steps=steps,
+            guidance=guidance,
+            method=method,
+            sway=sway,
+            progress=progress,
+        )
+        return [self.restore(clip) for clip in clips]
 
     def _velocity(self, text: Sequence[Tensor], mask: Tensor, conditional: tuple[bool, ...]) -> Velocity:
         """Velocity of the batch repeated for each flag, with its texts or without; what hangs on them is done once."""
@@ -226,14 +208,14 @@ class Generator(nn.Module):
         """Load a folder of `save_pretrained`, on the CPU and in eval mode.
 
         Args:
-            folder: None: the generator that ships with the package.
+            folder: or hub name; None: the generator that ships with the package.
             dtype: of the transformer's arithmetic, whatever is stored.
 
         Raises:
             CheckpointError: nothing there, another kind or version, damaged, incomplete, or with weights that are NaN.
         """
-        path = embedded_generator() if folder is None else Path(folder)
-        if folder is None and not path.is_dir():
+        path = embedded_generator() if folder is None else model_folder(folder, KIND)
+        if not path.is_dir():
             raise CheckpointError(
                 "this version ships no trained generator; name a folder of one (--model FOLDER), or train one with "
                 "`dasheng-tokenizer train` and a recipe of kind generator"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from dasheng_tokenizer.audio import Array, save_audio
 from dasheng_tokenizer.chunking import decode_blocks, model_name
-from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, ModelMismatchError
+from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, ModelMismatchError, TextError
 from dasheng_tokenizer.generation.flow_matching import Method, Progress
-from dasheng_tokenizer.generation.generator import GUIDANCE, STEPS, SWAY, Generator
+from dasheng_tokenizer.generation.generator import GUIDANCE, Generator
+from dasheng_tokenizer.generation.sampling import STEPS, SWAY
+from dasheng_tokenizer.generation.scene_prompt import ScenePrompt
 from dasheng_tokenizer.generation.text_cache import CachedTextEncoder
 from dasheng_tokenizer.generation.text_encoders import TextEncoder, checked_texts, load_text_encoder
 from dasheng_tokenizer.tokenizer import DashengTokenizerModel
@@ -48,7 +51,127 @@ class GeneratedAudio:
         save_audio(path, self.audio, self.sampling_rate, overwrite=overwrite)
 
 
-class TextToAudioPipeline:
+class AudioPipeline(ABC):
+    """What all generators share: lists of prompts in batches, seeds, lengths, and the way back to audio.
+
+    Attributes:
+        guidance: where none is asked for.
+        max_seconds: longest clip it makes.
+    """
+
+    guidance: float
+    max_seconds: float
+    tokenizer: DashengTokenizerModel
+
+    @abstractmethod
+    def texts(self, prompts: Sequence[str | ScenePrompt]) -> list[str]:
+        """What the text encoder reads for each prompt.
+
+        Raises:
+            TextError: a prompt that cannot be used.
+        """
+
+    @abstractmethod
+    def _encode(self, texts: Sequence[str]) -> list[Tensor]:
+        """(S_i, E) embeddings."""
+
+    @abstractmethod
+    def _num_samples(self, embeddings: Sequence[Tensor], seconds: Sequence[float | None]) -> list[int]:
+        """Samples of each clip, by what was asked for, or by what the generator thinks right."""
+
+    @abstractmethod
+    def _sample(self, embeddings: Sequence[Tensor], num_tokens: Sequence[int], **settings: Any) -> list[Tensor]:
+        """(T_i, C) latents; see `Generator.sample`."""
+
+    def __call__(
+        self,
+        texts: str | ScenePrompt | Sequence[str | ScenePrompt],
+        seconds: float | Sequence[float | None] | None = None,
+        *,
+        steps: int = STEPS,
+        guidance: float | None = None,
+        method: Method = "euler",
+        sway: float = SWAY,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = BATCH_SIZE,
+        progress: Progress | None = None,
+    ) -> list[GeneratedAudio]:
+        """Generate one clip a text. It depends on its text, length, seed and the settings, not on the other clips.
+
+        Args:
+            texts: one or several; in the language of the text encoder, English for the default one.
+            seconds: length of all clips, or of each; None: the one that the generator thinks right.
+            steps: of the sampler.
+            guidance: 1 follows the text, above it exaggerates it, 0 ignores it (unconditional); None: the generator's
+                default, `self.guidance`.
+            method: "euler", or "midpoint" or "heun" at twice the cost a step.
+            sway: see `flow_matching.timestep_schedule`.
+            seed: of the noise of all clips, or of each. The same text and seed give the same clip.
+            batch_size: clips sampled at once; bounds the memory.
+            progress: called with steps done and steps in all.
+
+        Raises:
+            TextError: an empty text, one of more than 10,000 characters, or no string.
+            ConfigurationError: a setting out of range.
+            LatentError: the sampler ended in NaN.
+        """
+        prompts = self.texts([texts] if isinstance(texts, (str, ScenePrompt)) else texts)
+        lengths = _for_each(seconds, len(prompts), "seconds")
+        seeds = _for_each(seed, len(prompts), "seeds")
+        for length in lengths:
+            if length is not None:
+                self.check_seconds(length)
+        if batch_size < 1:
+            raise ConfigurationError(f"batch size {batch_size} must be at least 1")
+        batches = [range(start, min(start + batch_size, len(prompts))) for start in range(0, len(prompts), batch_size)]
+        clips: list[GeneratedAudio] = []
+        for number, batch in enumerate(batches):
+
+            def show(done: int, total: int, before: int = number * steps) -> None:
+                if progress is not None:
+                    progress(before + done, total * len(batches))
+
+            embeddings = self._encode([prompts[index] for index in batch])
+            counts = self._num_samples(embeddings, [lengths[index] for index in batch])
+            latents = self._sample(
+                embeddings,
+                [-(-count // self.tokenizer.hop_length) for count in counts],
+                seeds=[seeds[index] for index in batch],
+                steps=steps,
+                guidance=self.guidance if guidance is None else guidance,
+                method=method,
+                sway=sway,
+                progress=show,
+            )
+            rate = int(self.tokenizer.sampling_rate)
+            for index, count, clip in zip(batch, counts, latents, strict=True):
+                length = lengths[index]
+                made = count / rate if length is None else length
+                clips.append(GeneratedAudio(self._decode(clip, count), rate, prompts[index], seeds[index], made))
+        return clips
+
+    def check_seconds(self, seconds: float) -> None:
+        """Refuse a length that the generator cannot make.
+
+        Raises:
+            ConfigurationError: saying what it can.
+        """
+        if not 0 < seconds <= self.max_seconds:
+            raise ConfigurationError(
+                f"{seconds:g} seconds: this generator makes clips above 0 and up to {self.max_seconds:g} seconds"
+            )
+
+    def samples_of(self, seconds: float) -> int:
+        """Samples of a clip, at least one."""
+        return max(1, round(seconds * self.tokenizer.sampling_rate))
+
+    def _decode(self, latents: Tensor, num_samples: int) -> Array:
+        """(T, C) → (num_samples,); block by block, so that long clips take no more memory than short ones."""
+        pieces = list(decode_blocks(self.tokenizer, latents[None]))
+        return np.concatenate(pieces, axis=1)[0, :num_samples]
+
+
+class TextToAudioPipeline(AudioPipeline):
     """Texts → audio.
 
         pipeline = TextToAudioPipeline.from_pretrained("runs/generator/model")
@@ -64,10 +187,13 @@ class TextToAudioPipeline:
         ModelMismatchError: the tokenizer or the text encoder is not the one that the generator was trained with.
     """
 
+    guidance = GUIDANCE
+
     def __init__(self, generator: Generator, tokenizer: DashengTokenizerModel, text_encoder: TextEncoder) -> None:
         check_tokenizer(generator, tokenizer)
         check_text_encoder(generator, text_encoder)
         self.generator, self.tokenizer, self.text_encoder = generator, tokenizer, text_encoder
+        self.max_seconds = generator.info.max_seconds
 
     @classmethod
     def from_pretrained(
@@ -80,7 +206,7 @@ class TextToAudioPipeline:
         """Load all three parts.
 
         Args:
-            generator: folder; None: the one that ships with the package.
+            generator: folder or hub name; None: the one that ships with the package.
             tokenizer: folder or hub name; None: the one that the generator names.
             text_encoder: folder or hub name; None: the one that the generator names.
             device: as torch writes it; None: CUDA where there is one.
@@ -109,87 +235,31 @@ class TextToAudioPipeline:
         encoder = load_text_encoder(words, codec.device)
         return cls(model.to(codec.device), codec, CachedTextEncoder(encoder))
 
-    def __call__(
-        self,
-        texts: str | Sequence[str],
-        seconds: float | Sequence[float] | None = None,
-        *,
-        steps: int = STEPS,
-        guidance: float = GUIDANCE,
-        method: Method = "euler",
-        sway: float = SWAY,
-        seed: int | Sequence[int] = 0,
-        batch_size: int = BATCH_SIZE,
-        progress: Progress | None = None,
-    ) -> list[GeneratedAudio]:
-        """Generate one clip a text. It depends on its text, length, seed and the settings, not on the other clips.
-
-        Args:
-            texts: one or several; English for the default text encoder.
-            seconds: length of all clips, or of each; None: the generator's typical length.
-            steps: of the sampler.
-            guidance: 1 follows the text, above it exaggerates it, 0 ignores it (unconditional).
-            method: "euler", or "midpoint" at twice the cost a step.
-            sway: see `flow_matching.timestep_schedule`.
-            seed: of the noise of all clips, or of each. The same text and seed give the same clip.
-            batch_size: clips sampled at once; bounds the memory.
-            progress: called with steps done and steps in all.
+    def texts(self, prompts: Sequence[str | ScenePrompt]) -> list[str]:
+        """The texts themselves.
 
         Raises:
-            TextError: an empty text, one of more than 10,000 characters, or no string.
-            ConfigurationError: a setting out of range.
-            LatentError: the sampler ended in NaN.
+            TextError: see `checked_texts`; or a prompt in parts, which this generator was not trained with.
         """
-        texts = checked_texts([texts] if isinstance(texts, str) else texts)
-        lengths = _for_each(self.generator.info.default_seconds if seconds is None else seconds, len(texts), "seconds")
-        seeds = _for_each(seed, len(texts), "seeds")
-        counts = [self._num_samples(length) for length in lengths]
-        if batch_size < 1:
-            raise ConfigurationError(f"batch size {batch_size} must be at least 1")
-        batches = [range(start, min(start + batch_size, len(texts))) for start in range(0, len(texts), batch_size)]
-        clips: list[GeneratedAudio] = []
-        for number, batch in enumerate(batches):
-
-            def show(done: int, total: int, before: int = number * steps) -> None:
-                if progress is not None:
-                    progress(before + done, total * len(batches))
-
-            latents = self.generator.sample(
-                self.text_encoder([texts[index] for index in batch]),
-                [-(-counts[index] // self.tokenizer.hop_length) for index in batch],
-                seeds=[seeds[index] for index in batch],
-                steps=steps,
-                guidance=guidance,
-                method=method,
-                sway=sway,
-                progress=show,
+        plain = [
+            prompt.caption if isinstance(prompt, ScenePrompt) and not prompt.parts else prompt for prompt in prompts
+        ]
+        if any(isinstance(prompt, ScenePrompt) for prompt in plain):
+            raise TextError(
+                "this generator reads one text; speech, transcript, sfx, music and ambience are parts of a prompt for "
+                "the published sibling generator alone. Say all in the caption"
             )
-            for index, clip in zip(batch, latents, strict=True):
-                audio = self._decode(clip, counts[index])
-                rate = int(self.tokenizer.sampling_rate)
-                clips.append(GeneratedAudio(audio, rate, texts[index], seeds[index], lengths[index]))
-        return clips
+        return checked_texts([prompt for prompt in plain if not isinstance(prompt, ScenePrompt)])
 
-    def check_seconds(self, seconds: float) -> None:
-        """Refuse a length that the generator cannot make.
+    def _encode(self, texts: Sequence[str]) -> list[Tensor]:
+        return self.text_encoder(texts)
 
-        Raises:
-            ConfigurationError: saying what it can.
-        """
-        limit = self.generator.info.max_seconds
-        if not 0 < seconds <= limit:
-            raise ConfigurationError(
-                f"{seconds:g} seconds: this generator makes clips above 0 and up to {limit:g} seconds"
-            )
+    def _num_samples(self, embeddings: Sequence[Tensor], seconds: Sequence[float | None]) -> list[int]:
+        typical = self.generator.info.default_seconds
+        return [self.samples_of(typical if length is None else length) for length in seconds]
 
-    def _num_samples(self, seconds: float) -> int:
-        self.check_seconds(seconds)
-        return max(1, round(seconds * self.tokenizer.sampling_rate))
-
-    def _decode(self, latents: Tensor, num_samples: int) -> Array:
-        """(T, C) → (num_samples,); block by block, so that long clips take no more memory than short ones."""
-        pieces = list(decode_blocks(self.tokenizer, latents[None]))
-        return np.concatenate(pieces, axis=1)[0, :num_samples]
+    def _sample(self, embeddings: Sequence[Tensor], num_tokens: Sequence[int], **settings: Any) -> list[Tensor]:
+        return self.generator.sample(embeddings, num_tokens, **settings)
 
 
 def check_tokenizer(generator: Generator, tokenizer: DashengTokenizerModel) -> None:

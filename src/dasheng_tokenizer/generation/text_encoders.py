@@ -80,6 +80,13 @@ class TextEncoder(Protocol):
         ...
 
 
+class CountingTextEncoder(TextEncoder, Protocol):
+    """One that can tell how long a text is to it."""
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, special ones included, however many are read."""
+
+
 def checked_texts(texts: Sequence[str]) -> list[str]:
     """The texts, if all can be encoded.
 
@@ -171,6 +178,10 @@ class TransformersTextEncoder:
                 stacklevel=2,
             )
         return self._embed(tokens)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, special ones included, however many are read."""
+        return len(self._tokenizer(text, verbose=False)["input_ids"])
 
     def _embed(self, tokens: Sequence[list[int]]) -> list[Tensor]:
         """Token numbers of each text → (S_i, E); texts of like length run together."""
