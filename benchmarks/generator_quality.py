@@ -2,8 +2,9 @@
 
 python benchmarks/generator_quality.py --corpus CORPUS --report docs/reports/generator.json [--model GENERATOR]
 
-The probe is trained on the test clips of the corpus, which the generator never saw; the row of the real validation
-clips says how far the judges can be trusted. Stopped and started again, it keeps the clips that are there.
+Probes are trained on the test clips of the corpus, which the generator never saw, and on altered copies of them; the
+row of the real validation clips says how far the judges can be trusted. Stopped and started again, it keeps the clips
+that are there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from dasheng_tokenizer.evaluation.metrics import magnitude_spectrogram
 from dasheng_tokenizer.generation.pipeline import TextToAudioPipeline
 from dasheng_tokenizer.spectral import SAMPLING_RATE
 from dasheng_tokenizer.training.clips import Clip, read_clips
-from report import Report
+from judge_copies import LABELS, write_copies
+from report import Report, Table
 
 NAMES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 MIDDLE = range(36, 85)
@@ -54,6 +56,9 @@ SHOWN = (
 
 LONGEST_SHOWN = 4.0
 """Seconds."""
+
+COPIES = 3
+"""Of each real test clip, altered, for the second judge."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +157,10 @@ def draw(pipeline: TextToAudioPipeline, train: Sequence[Clip], options: argparse
 
 
 def judge(options: argparse.Namespace, names: Sequence[str]) -> Outcome:
-    """Distances, notes, and labels by two probes: one that learnt from test clips, one from training clips.
+    """Distances, notes, and labels by three probes: of test clips, of altered copies of them too, of training clips.
 
-    The first knows nothing of the generator's data, and little of it: the row of the real training clips says how many
-    of them it recognises, which a perfect generator would not exceed. The second knows them.
+    The first two know nothing of the generator's data, and little of it: the row of the real training clips says how
+    many of them they recognise, which a perfect generator would not exceed. The third knows them.
     """
     systems = [ClipSet(name, [options.clips / name]) for name in names]
     taught = ClipSet("real training clips", [options.corpus / "sound-train-000.tar"])
@@ -165,24 +170,26 @@ def judge(options: argparse.Namespace, names: Sequence[str]) -> Outcome:
     embedders = [load_embedding(text) for text in options.embedding or ["semantic"]]
     store = EmbeddingStore(options.cache)
 
-    def asked(source: Path, pitch: str | None) -> Questions:
-        return Questions(labels=["drum", "event"], classifier=ClipSet("judge", [source]), pitch=pitch)
+    def asked(sources: Sequence[Path], pitch: str | None) -> Questions:
+        return Questions(labels=list(LABELS), classifier=ClipSet("judge", list(sources)), pitch=pitch)
 
-    test = options.corpus / "sound-test-000.tar"
-    outcome = evaluate_generation(systems, real, embedders, store, asked(test, "pitch"))
-    known = evaluate_generation([taught], real, embedders, store, asked(test, None))
-    in_domain = evaluate_generation(
-        systems, real, embedders, store, asked(options.corpus / "sound-train-000.tar", None)
-    )
+    test, train = options.corpus / "sound-test-000.tar", options.corpus / "sound-train-000.tar"
+    outcome = evaluate_generation(systems, real, embedders, store, asked([test], "pitch"))
     labels = [table for table in outcome.tables if table.caption.startswith("Label")]
-    more = [table for table in known.tables if table.caption.startswith("Label")]
-    for table, other in zip(labels, more, strict=True):
-        table.rows.insert(-1, next(row for row in other.rows if row[0] == taught.name))
+    _add_row(labels, evaluate_generation([taught], real, embedders, store, asked([test], None)), taught.name)
+    for table in labels:
         table.caption += ", trained on real test clips"
-    for table in in_domain.tables:
-        if table.caption.startswith("Label"):
-            table.caption += ", trained on real training clips"
-            outcome.tables.append(table)
+    judges = {"real test clips and altered copies of them": [test, options.copies], "real training clips": [train]}
+    for name, sources in judges.items():
+        found = evaluate_generation(systems, real, embedders, store, asked(sources, None))
+        tables = [table for table in found.tables if table.caption.startswith("Label")]
+        if sources != [train]:
+            known = evaluate_generation([taught], real, embedders, store, asked(sources, None))
+            _add_row(tables, known, taught.name)
+        for table in tables:
+            table.caption += f", trained on {name}"
+        outcome.tables += tables
+        outcome.notes += [f"Trained on {name}: {note}" for note in found.notes if note.startswith("Probe of")]
     for table in outcome.tables:
         if table.caption.startswith(("Label", "Pitch")):
             # Without the divergence, for which no clip has a partner, and without sets asked for something else.
@@ -191,8 +198,14 @@ def judge(options: argparse.Namespace, names: Sequence[str]) -> Outcome:
     # Each set is asked for one thing only; that the others are missing says nothing.
     expected = ("Missing: KL", "Missing: accuracy", "Missing: pitch")
     outcome.notes[:] = [note for note in outcome.notes if not note.startswith(expected)]
-    outcome.notes += [f"Trained on training clips: {note}" for note in in_domain.notes if note.startswith("Probe of")]
     return outcome
+
+
+def _add_row(tables: Sequence[Table], other: Outcome, name: str) -> None:
+    """The row of a set from the label tables of another outcome, before the last row, that of the real clips."""
+    more = [table for table in other.tables if table.caption.startswith("Label")]
+    for table, source in zip(tables, more, strict=True):
+        table.rows.insert(-1, next(row for row in source.rows if row[0] == name))
 
 
 def main() -> None:
@@ -223,6 +236,8 @@ def main() -> None:
     }
     for name, requests in wanted.items():
         answer(pipeline, requests, options.clips / name, options.guidance, options.steps)
+    options.copies = options.clips / "altered test clips"
+    write_copies(options.corpus / "sound-test-000.tar", options.copies, COPIES, pipeline.tokenizer)
     outcome = judge(options, list(wanted))
     if not options.no_picture:
         draw(pipeline, train, options, options.report.with_suffix(".png"))
