@@ -264,6 +264,24 @@ def test_half_precision_is_close(model: AudioGen, texts: list[Tensor]) -> None:
     assert float((found - wanted).norm() / wanted.norm()) < 0.05
 
 
+def test_compiled_once_for_every_length(model: AudioGen, texts: list[Tensor]) -> None:
+    compiled, graphs = AudioGen.from_pretrained(FIXTURE), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled.backbone.compile(backend=backend, dynamic=True)
+    for counts in ([9, 7], [16, 12], [11, 5]):
+        for found, wanted in zip(
+            compiled.sample(texts, counts, seeds=[0, 1], steps=2),
+            model.sample(texts, counts, seeds=[0, 1], steps=2),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert len(graphs) == 1
+
+
 def test_durations_of_text_tokens_do_not_hang_on_the_batch(model: AudioGen, texts: list[Tensor]) -> None:
     together = model.token_frames(texts)
     assert [len(row) for row in together] == [7, 5]
