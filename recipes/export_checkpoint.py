@@ -16,7 +16,7 @@ from dasheng_tokenizer.training import build_model
 from dasheng_tokenizer.training.configuration import load_recipe, read_settings
 from dasheng_tokenizer.training.tokenizer_state import remove_injection
 
-PREFIX = "average.tokenizer."
+PREFIX, HELD = "average.tokenizer.", "module.tokenizer."
 
 
 def main() -> None:
@@ -35,11 +35,18 @@ def main() -> None:
     model = build_model(config)
     if config.latent == "semantic":
         remove_injection(model)
+    if config.freeze_acoustic:
+        model.freeze_acoustic_layer()
     tensors = load_file(arguments.checkpoint / "tensors.safetensors")
     averaged = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
     if set(averaged) != {name for name, _ in model.trainable_parameters()}:
         raise SystemExit(f"{arguments.checkpoint} does not fit the recipe {arguments.recipe}")
-    model.load_state_dict(averaged, strict=False)
+    # Of the frozen weights a checkpoint holds the acoustic layer alone, whose start hangs on the data.
+    kept = {
+        f"{HELD}{name}": name for name in model.state_dict() if name.startswith(("encoder.patch_embed", "encoder.norm"))
+    }
+    held = {name: tensors[key] for key, name in kept.items() if key in tensors}
+    model.load_state_dict({**held, **averaged}, strict=False)
     model.save_pretrained(arguments.output)
 
 
