@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from dasheng_tokenizer.enhancement import Denoiser, embedded_mixtures
 from dasheng_tokenizer.enhancement.embedded_mixtures import EmbeddedCrops, EmbeddedMixtures, prepare_embeddings
+from dasheng_tokenizer.enhancement.latent_space import embed
 from dasheng_tokenizer.enhancement.training import train_enhancer
-from dasheng_tokenizer.enhancement.training_model import embed
 from dasheng_tokenizer.errors import ConfigurationError, DataError
 from dasheng_tokenizer.training.loop import fit
 from test_enhancement_training import make_config, make_task, small_run, write_clips

@@ -24,13 +24,12 @@ from safetensors.torch import load_file
 from dasheng_tokenizer import DashengTokenizerModel
 from dasheng_tokenizer.cli import main
 from dasheng_tokenizer.enhancement.denoiser import Denoiser, DenoiserConfig, DenoiserInfo
+from dasheng_tokenizer.enhancement.latent_space import LatentLoss, embed, latent_statistics, whitening
 from dasheng_tokenizer.enhancement.training import EnhancementTask, train_enhancer
 from dasheng_tokenizer.enhancement.training_configuration import EnhancementConfig
 from dasheng_tokenizer.enhancement.training_data import EnhancementBatch, EnhancementCrops, Pairs, open_data
 from dasheng_tokenizer.enhancement.training_model import (
     averaged_denoiser,
-    embed,
-    latent_statistics,
     load_tokenizer,
     new_denoiser,
 )
@@ -137,7 +136,8 @@ def make_task(config: EnhancementConfig) -> EnhancementTask:
     tokenizer = load_tokenizer(config)
     data = open_data(fabric, config)
     seed_everything(config.seed)
-    return EnhancementTask(fabric, config, tokenizer, new_denoiser(config, tokenizer, data.train.examples), data)
+    statistics = latent_statistics(tokenizer, config.part, data.train.examples, config.statistics_crops)
+    return EnhancementTask(fabric, config, tokenizer, new_denoiser(config, tokenizer, statistics), data, statistics)
 
 
 def shaken(task: EnhancementTask) -> EnhancementTask:
@@ -270,18 +270,50 @@ def test_parts_add_up_to_the_latent(tiny_model: DashengTokenizerModel) -> None:
 def test_statistics_are_those_of_the_clean_latents(settings: dict[str, Any]) -> None:
     config = make_config(settings, part="semantic")
     tokenizer, examples = load_tokenizer(config), open_data(make_fabric(config), config).train.examples
-    mean, std, part_mean, part_std = latent_statistics(tokenizer, "semantic", examples, 20)
+    found = latent_statistics(tokenizer, "semantic", examples, 20)
     clean = torch.from_numpy(np.stack([examples.mixture(place).clean for place in range(20)]))
-    for part, measured in (("unified", (mean, std)), ("semantic", (part_mean, part_std))):
+    for part, measured in (("unified", found[:3]), ("semantic", found[3:])):
         tokens = embed(tokenizer, clean, part).flatten(0, 1)
         torch.testing.assert_close(measured[0], tokens.mean(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(measured[1], tokens.std(0, correction=0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(measured[2], torch.corrcoef(tokens.T), rtol=0, atol=1e-3)
     first = latent_statistics(tokenizer, "unified", examples, 4)
-    assert torch.equal(first[0], first[2]) and not torch.equal(first[0], mean)
+    assert torch.equal(first.mean, first.input_mean) and not torch.equal(first.mean, found.mean)
+
+
+def test_whitening_brings_directions_together_and_keeps_the_mean_variance() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randn(4000, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
+    tokens = tokens / tokens.std(0)
+    correlation = torch.corrcoef(tokens.T)
+    before = torch.linalg.eigvalsh(correlation)
+    for strength in (0.0, 0.5, 1.0):
+        matrix = whitening(correlation.float(), strength).double()
+        after = torch.linalg.eigvalsh(matrix.T @ correlation @ matrix)
+        torch.testing.assert_close(
+            after / after.mean(), before ** (1 - strength) / (before ** (1 - strength)).mean(), rtol=1e-3, atol=1e-3
+        )
+        assert float(after.mean()) == pytest.approx(float(before.mean()), rel=1e-3)
+    still = torch.block_diag(correlation, torch.zeros(1, 1, dtype=torch.float64))  # a dimension that never changes
+    assert torch.isfinite(whitening(still.float(), 1.0)).all()
+
+
+def test_the_loss_hears_quiet_directions_by_the_whitening(settings: dict[str, Any]) -> None:
+    clean = torch.zeros(1, 1, 2)
+    loud, quiet = torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[0.5, -0.5]]])
+    correlation = torch.tensor([[1.0, 0.98], [0.98, 1.0]])
+    plain, white = (LatentLoss(whitening(correlation, strength)) for strength in (0.0, 1.0))
+    assert float(plain(loud, clean)) == pytest.approx(float(plain(quiet, clean)))
+    assert float(white(quiet, clean)) > 5 * float(white(loud, clean))
+    task = make_task(make_config(settings, whitening=1.0))
+    assert torch.equal(task.latent_loss.basis, task.denoiser.project_in.weight)  # of the whole latent both see one
+    assert not torch.equal(
+        make_task(make_config(settings, whitening=0.0)).denoiser.project_in.weight, task.latent_loss.basis
+    )
 
 
 def test_a_fresh_denoiser_scores_as_the_noisy_latent(settings: dict[str, Any]) -> None:
-    task = make_task(make_config(settings))
+    task = make_task(make_config(settings, whitening=0.0))
     batch = task.data.train.batch(0)
     noisy, clean = (
         task.denoiser.standardize_target(task.tokenizer.encode(side)) for side in (batch.noisy, batch.clean)
@@ -410,6 +442,7 @@ def test_validation_hangs_on_the_weights_alone(settings: dict[str, Any]) -> None
     tasks = [shaken(make_task(make_config(settings, seed=seed))) for seed in (0, 1)]
     for task in tasks:
         task.denoiser.load_state_dict(tasks[0].denoiser.state_dict())
+        task.latent_loss.load_state_dict(tasks[0].latent_loss.state_dict())
         task.average.values = [parameter.detach().clone() for parameter in task.denoiser.parameters()]
     log: Any = loop.RunLog(Path("nowhere"), 0, active=False)
     metrics = [task.validate(0, log) for task in (tasks[0], tasks[0], tasks[1])]
@@ -449,7 +482,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(settings: dict[str, Any], mon
     def forbidden(*_: object) -> None:
         raise AssertionError("statistics taken again")
 
-    monkeypatch.setattr("dasheng_tokenizer.enhancement.training_model.latent_statistics", forbidden)
+    monkeypatch.setattr("dasheng_tokenizer.enhancement.training.latent_statistics", forbidden)
     train_enhancer(config)
     saved = [load_file(run.output / "model" / "model.safetensors") for run in (whole, config)]
     assert all(torch.equal(saved[1][name], value) for name, value in saved[0].items())
@@ -515,6 +548,7 @@ def test_unusable_data_is_refused_by_name(settings: dict[str, Any], clips: Path,
         ("data: {batch_size: 5}\naccumulate: 2", "accumulate"),
         ("data: {speech: {train: [a], valid: [b]}, noise: {train: [c]}}", "data.noise.valid"),
         ("statistics_crops: 0", "statistics_crops"),
+        ("whitening: 1.5", "whitening"),
         ("validation_clips: -1", "validation_clips"),
         ("seed: -1", "seed"),
         ("steps: 0", "steps"),

@@ -9,15 +9,21 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dasheng_tokenizer.enhancement.denoiser import Denoiser
 from dasheng_tokenizer.enhancement.embedded_mixtures import EmbeddedBatch, EmbeddedCrops, prepare_embeddings
+from dasheng_tokenizer.enhancement.latent_space import (
+    LatentLoss,
+    LatentStatistics,
+    embed,
+    latent_statistics,
+    whitening,
+)
 from dasheng_tokenizer.enhancement.mixtures import Mixture
 from dasheng_tokenizer.enhancement.training_configuration import EnhancementConfig
 from dasheng_tokenizer.enhancement.training_data import EnhancementBatch, EnhancementCrops, EnhancementData, open_data
-from dasheng_tokenizer.enhancement.training_model import embed, load_init, load_tokenizer, new_denoiser
+from dasheng_tokenizer.enhancement.training_model import load_init, load_tokenizer, new_denoiser
 from dasheng_tokenizer.tokenizer import DashengTokenizerModel
 from dasheng_tokenizer.training.configuration import to_plain
 from dasheng_tokenizer.training.loop import StepResult, fit, is_finished, is_started, make_fabric, seed_everything
@@ -59,10 +65,13 @@ def train_enhancer(config: EnhancementConfig) -> Path:
     data = open_data(fabric, config)
     seed_everything(config.seed)  # Alike on every rank: the same fresh weights.
     # A resumed run finds its statistics in its checkpoint.
-    denoiser = new_denoiser(config, tokenizer, None if is_started(config) else data.train.examples, data.hours)
+    statistics = None
+    if not is_started(config):
+        statistics = latent_statistics(tokenizer, config.part, data.train.examples, config.statistics_crops)
+    denoiser = new_denoiser(config, tokenizer, statistics, data.hours)
     if config.init is not None and not is_started(config):
         load_init(denoiser, config.init)
-    task = EnhancementTask(fabric, config, tokenizer, denoiser, data)
+    task = EnhancementTask(fabric, config, tokenizer, denoiser, data, statistics)
     fit(fabric, task, config)
     return config.output
 
@@ -77,6 +86,7 @@ class EnhancementTask:
         tokenizer: DashengTokenizerModel,
         denoiser: Denoiser,
         data: EnhancementData,
+        statistics: LatentStatistics | None = None,
     ) -> None:
         """Set a denoiser up for training.
 
@@ -86,6 +96,7 @@ class EnhancementTask:
             tokenizer: frozen, on the device of the run.
             denoiser: with the weights to start from, the same on every rank.
             data: where batches and held-out mixtures come from.
+            statistics: of the latents, for the loss; None: a checkpoint will bring what the loss needs.
         """
         self.fabric, self.config, self.tokenizer = fabric, config, tokenizer
         self.denoiser, self.data = denoiser.train(), data
@@ -93,7 +104,11 @@ class EnhancementTask:
         optimizer = fabric.setup_optimizers(make_adamw(denoiser.named_parameters(), config.optimizer))
         self.optimizer = cast(torch.optim.Optimizer, optimizer)
         self.average = ExponentialMovingAverage(denoiser.named_parameters(), config.ema_decay)
-        self.modules: dict[str, nn.Module] = {"denoiser": denoiser}
+        basis = torch.eye(denoiser.config.latent_dim)
+        if statistics is not None:
+            basis = whitening(statistics.correlation, config.whitening)
+        self.latent_loss = LatentLoss(basis).to(fabric.device)
+        self.modules: dict[str, nn.Module] = {"denoiser": denoiser, "latent_loss": self.latent_loss}
         self.optimizers = {"denoiser": self.optimizer}
         self.averages = {"denoiser": self.average}
         self.mel = MultiScaleMelLoss().to(fabric.device)
@@ -111,7 +126,9 @@ class EnhancementTask:
         data = {f"data.{name}": plain["data"][name] for name in ("crop_seconds", "batch_size")}
         mixture = {f"mixture.{name}": value for name, value in plain["mixture"].items()}
         data["data.embedded_mixtures"] = self.config.data.embedded_mixtures
-        named = {name: plain[name] for name in ("init", "part", "loss_weights", "statistics_crops", "seed")}
+        named = {
+            name: plain[name] for name in ("init", "part", "loss_weights", "whitening", "statistics_crops", "seed")
+        }
         sizes = {f"denoiser.{name}": value for name, value in asdict(self.denoiser.config).items()}
         return {**sizes, **data, **mixture, **named, "tokenizer": self.denoiser.info.tokenizer_hash}
 
@@ -205,14 +222,9 @@ class EnhancementTask:
             return noisy, embed(self.tokenizer, batch.clean, "unified")
 
     def _latent_loss(self, estimate: Tensor, clean: Tensor) -> Tensor:
-        """Smooth L1 distance of standardised latents, float32.
-
-        Quadratic as long as an error is below one standard deviation, as the squared error of an earlier paper of the
-        same authors on enhancement in embeddings (arXiv 2506.11514); beyond it linear, since the latents of digital
-        silence lie so far from those of speech that their squares would own the gradient.
-        """
+        """Distance of latents in the space of the loss, float32; see `LatentLoss`."""
         standardize = self.denoiser.standardize_target
-        return F.smooth_l1_loss(standardize(estimate.float()), standardize(clean.float()))
+        return self.latent_loss(standardize(estimate.float()), standardize(clean.float()))
 
     def _measure(self, mixture: Mixture) -> tuple[Row, np.ndarray]:
         """Figures of the enhanced recording, and its audio (S,)."""

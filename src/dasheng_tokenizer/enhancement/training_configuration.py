@@ -155,7 +155,9 @@ class EnhancementConfig(LoopConfig):
         data: speech and noise, crops, batch size.
         mixture: how speech is spoilt. Of pairs only `gain_db` counts.
         loss_weights: weights of the loss terms.
-        statistics_crops: crops of the training data that mean and standard deviation of the latents are taken from.
+        whitening: how far the loss, and the start of the denoiser's first layer, bring loud and quiet directions of the
+            latent together: 0, not at all, to 1, all alike; see `latent_space`.
+        statistics_crops: crops of the training data that the statistics of the latents are taken from.
         validation_clips: held-out mixtures that a validation decodes.
         validation_samples: of these, mixtures whose audio and spectrograms go to TensorBoard.
     """
@@ -169,6 +171,7 @@ class EnhancementConfig(LoopConfig):
     data: EnhancementDataConfig = field(default_factory=EnhancementDataConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     loss_weights: EnhancementLossWeights = field(default_factory=EnhancementLossWeights)
+    whitening: float = 0.5
     statistics_crops: int = 512
     validation_clips: int = 32
     validation_samples: int = 4
@@ -181,6 +184,8 @@ class EnhancementConfig(LoopConfig):
         for name in ("validation_clips", "validation_samples"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.whitening <= 1:
+            raise ConfigurationError(f"whitening must lie between 0 and 1, not {self.whitening}")
         if self.statistics_crops < 1:
             raise ConfigurationError(f"statistics_crops must be at least 1, not {self.statistics_crops}")
         if self.data.batch_size % self.accumulate:

@@ -6,23 +6,16 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from dasheng_tokenizer.enhancement.denoiser import Denoiser, DenoiserConfig, DenoiserInfo
+from dasheng_tokenizer.enhancement.latent_space import LatentStatistics, whitening
 from dasheng_tokenizer.enhancement.training_configuration import EnhancementConfig
-from dasheng_tokenizer.enhancement.training_data import Examples
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError
-from dasheng_tokenizer.injection import Part
-from dasheng_tokenizer.spectral import with_context
 from dasheng_tokenizer.tokenizer import DashengTokenizerModel
 
 AVERAGE, MODULE = "average.denoiser.", "module.denoiser."
 """Prefixes of the averaged weights and of the rest in a checkpoint."""
-
-STATISTICS_BATCH = 16
-"""Crops embedded at once for the statistics, so that they do not hang on the batch size of the run."""
 
 
 def load_tokenizer(config: EnhancementConfig, device: torch.device | str = "cpu") -> DashengTokenizerModel:
@@ -40,14 +33,17 @@ def load_tokenizer(config: EnhancementConfig, device: torch.device | str = "cpu"
 
 
 def new_denoiser(
-    config: EnhancementConfig, tokenizer: DashengTokenizerModel, examples: Examples | None, hours: float = 0.0
+    config: EnhancementConfig,
+    tokenizer: DashengTokenizerModel,
+    statistics: LatentStatistics | None,
+    hours: float = 0.0,
 ) -> Denoiser:
     """A fresh denoiser for the latents of a run.
 
     Args:
         config: of the run.
         tokenizer: of the run.
-        examples: that the statistics of the latents are taken from; None: those of a checkpoint will replace them.
+        statistics: of the latents; None: those of a checkpoint will replace them.
         hours: of clean speech, for the record.
 
     Raises:
@@ -62,11 +58,16 @@ def new_denoiser(
         window_seconds=config.data.crop_samples / tokenizer.sampling_rate,
         provenance={"hours": round(hours, 4)},
     )
-    statistics = tuple(torch.full((width,), value) for value in (0.0, 1.0, 0.0, 1.0))
-    if examples is not None:
-        statistics = latent_statistics(tokenizer, config.part, examples, config.statistics_crops)
     sizes = DenoiserConfig(latent_dim=width, **asdict(config.denoiser))
-    return Denoiser(sizes, info, *statistics)
+    if statistics is None:
+        return Denoiser(sizes, info, *(torch.full((width,), value) for value in (0.0, 1.0, 0.0, 1.0)))
+    held = statistics
+    denoiser = Denoiser(sizes, info, held.mean, held.std, held.input_mean, held.input_std)
+    if config.whitening > 0 and sizes.block_width == width:
+        # The first layer starts as a whitening: at random, it would show the blocks hardly more than loud directions.
+        with torch.no_grad():
+            denoiser.project_in.weight.copy_(whitening(held.input_correlation, config.whitening))
+    return denoiser
 
 
 def load_init(denoiser: Denoiser, folder: str) -> None:
@@ -83,44 +84,6 @@ def load_init(denoiser: Denoiser, folder: str) -> None:
     if differing := [name for name, value in wanted.items() if found[name] != value]:
         raise ConfigurationError(f"init: {folder} has another {' and '.join(differing)}; name a denoiser like this one")
     denoiser.load_state_dict(other.state_dict())
-
-
-@torch.no_grad()
-def latent_statistics(
-    tokenizer: DashengTokenizerModel, part: Part, examples: Examples, crops: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of the latents of clean speech, each (D,): mean and standard deviation of the latent, then of a part.
-
-    Args:
-        tokenizer: whose latents.
-        part: whose statistics are wanted too; those of `unified` are the latent's.
-        examples: their first crops count.
-        crops: how many.
-    """
-    sums = torch.zeros(2, 2, tokenizer.latent_dim, dtype=torch.float64)  # (latent and part, sums of x and x², D)
-    count = 0
-    for first in range(0, crops, STATISTICS_BATCH):
-        places = range(first, min(first + STATISTICS_BATCH, crops))
-        clean = torch.from_numpy(np.stack([examples.mixture(place).clean for place in places]))
-        clean = clean.to(tokenizer.device)
-        latent = embed(tokenizer, clean, "unified")
-        for row, held in enumerate((latent, latent if part == "unified" else embed(tokenizer, clean, part))):
-            tokens = held.flatten(0, 1).double().cpu()  # (B·T, D)
-            sums[row] += torch.stack([tokens.sum(0), tokens.square().sum(0)])
-        count += latent.shape[0] * latent.shape[1]
-    mean = sums[:, 0] / count  # (2, D)
-    std = (sums[:, 1] / count - mean.square()).clamp(min=0.0).sqrt()
-    return mean[0].float(), std[0].float(), mean[1].float(), std[1].float()
-
-
-@torch.no_grad()
-def embed(tokenizer: DashengTokenizerModel, audio: Tensor, part: Part) -> Tensor:
-    """(B, S) at 16 kHz → (B, T, D) float32: the latent that the decoder takes (`unified`), or one part of it."""
-    if part == "unified":
-        return tokenizer.encode(audio).float()
-    context = with_context(audio, tokenizer.num_tokens(audio.shape[-1]))  # (B, 512 + 640·T + 512)
-    held = tokenizer.encode_semantic(context) if part == "semantic" else tokenizer.encode_acoustic(context)
-    return held.float()
 
 
 def averaged_denoiser(config: EnhancementConfig, checkpoint: Path) -> Denoiser:
