@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-CODE := src tests benchmarks recipes docs/make_results.py
+CODE := src tests benchmarks recipes space docs/make_results.py
 
 .PHONY: install demo test lint bench results docs clean
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from dasheng_tokenizer.cli_demo import add_demo_command, run_demo
 from dasheng_tokenizer.cli_encode_dataset import add_encode_dataset_command, run_encode_dataset
 from dasheng_tokenizer.cli_enhance import add_enhance_command, run_enhance
 from dasheng_tokenizer.cli_enhancement import add_enhancement_command, run_enhancement
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_probe_command(kinds)
     add_generation_command(kinds)
     add_enhancement_command(kinds)
+    add_demo_command(commands)
     return parser
 
 
@@ -117,6 +119,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
         print(info(arguments.name))
         return 0
+    if arguments.command == "demo":
+        return run_demo(arguments)
     if arguments.command == "encode-dataset":
         return run_encode_dataset(arguments)
     if arguments.command == "evaluate":

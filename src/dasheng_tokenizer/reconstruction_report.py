@@ -145,7 +145,7 @@ def _cell(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _decibels(audio: Array) -> npt.NDArray[np.float64]:
+def decibels(audio: Array) -> npt.NDArray[np.float64]:
     """Mixed to one channel, 1024-sample windows every 256: (513, frames) in dB of full scale, floor −100."""
     spectrum = magnitude_spectrogram(audio.mean(axis=0), 1024, 256) / 256  # a full-scale sine has magnitude 256
     return 20 * np.log10(np.maximum(spectrum.T, 1e-5))
@@ -160,7 +160,7 @@ def picture(original: Array, decoded: Array, title: str) -> Figure:
     figures = require_extra("matplotlib.figure", "report")
     agg = require_extra("matplotlib.backends.backend_agg", "report")
     length = min(original.shape[1], decoded.shape[1])
-    first, second = _decibels(original[:, :length]), _decibels(decoded[:, :length])
+    first, second = decibels(original[:, :length]), decibels(decoded[:, :length])
     figure: Figure = figures.Figure(figsize=(10, 8), layout="constrained")
     agg.FigureCanvasAgg(figure)  # its own canvas: no window system, no state shared with the caller's figures
     axes = figure.subplots(3, 1, sharex=True, sharey=True)
