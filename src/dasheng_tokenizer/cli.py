@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from dasheng_tokenizer.cli_completion import add_completion_option
 from dasheng_tokenizer.cli_demo import add_demo_command, run_demo
 from dasheng_tokenizer.cli_encode_dataset import add_encode_dataset_command, run_encode_dataset
 from dasheng_tokenizer.cli_enhance import add_enhance_command, run_enhance
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Continuous audio tokens: 25 vectors a second, and back to audio.",
         epilog="exit codes: 0 done, 1 some inputs failed, 2 wrong usage",
     )
+    add_completion_option(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     encode = _audio_command(commands, "encode", "audio files → token files (NAME.tokens.safetensors)")
     encode.add_argument("--token-dtype", choices=_DTYPES, help="number type stored (default: that of the model)")

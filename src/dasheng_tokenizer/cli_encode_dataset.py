@@ -25,10 +25,15 @@ def add_encode_dataset_command(commands: argparse._SubParsersAction[argparse.Arg
         help="tar shards, folders, audio files, globs or ranges; KEY.json beside each KEY.flac has its caption",
     )
     command.add_argument("destination", type=Path, metavar="DST", help="folder of the latents")
-    command.add_argument("--engine", choices=ENGINES, default="local", help="where it runs: local is this process")
+    command.add_argument(
+        "--engine", choices=ENGINES, default="local", help="where it runs: local (default) is this process"
+    )
     command.add_argument("--model", metavar="M", help="tokenizer folder or hub name (default: the embedded one)")
     command.add_argument(
-        "--caption-key", default="caption", metavar="KEY", help="of the text, or list of texts, in KEY.json"
+        "--caption-key",
+        default="caption",
+        metavar="KEY",
+        help="of the text, or list of texts, in KEY.json (default: caption)",
     )
     command.add_argument(
         "--max-seconds",

@@ -65,11 +65,17 @@ def add_enhancement_command(commands: argparse._SubParsersAction[argparse.Argume
         help=f"of {', '.join(METRIC_NAMES)}, or all (default: {','.join(METRICS)})",
     )
     command.add_argument("--wer", type=Path, metavar="FOLDER", help="Whisper model for faster-whisper; counts words")
-    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that measure")
+    command.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes that measure (default: one a core)",
+    )
     command.add_argument("--device", metavar="D", help="of the models: cpu, cuda, … (default: cuda where there is one)")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder for rows and tables")
     command.add_argument("--keep-audio", action="store_true", help="write what each system makes into OUT/audio, too")
-    command.add_argument("--title", default="Enhancement", help="of the report")
+    command.add_argument("--title", default="Enhancement", help="of the report (default: %(default)s)")
     command.add_argument(
         "--report", type=Path, metavar="JSON", help="write the summary here, and its picture beside it"
     )

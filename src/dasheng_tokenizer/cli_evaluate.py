@@ -70,10 +70,16 @@ def add_reconstruction_command(commands: argparse._SubParsersAction[argparse.Arg
         help=f"of {', '.join(METRIC_NAMES)}, or all (default: {','.join(DEFAULT_METRICS)})",
     )
     command.add_argument("--domain", metavar="NAME", help="domain of all clips (default: label, or top folder)")
-    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that measure")
+    command.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes that measure (default: one a core)",
+    )
     command.add_argument("--device", metavar="D", help="of the models: cpu, cuda, … (default: cuda where there is one)")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder for the tables")
-    command.add_argument("--title", default="Reconstruction", help="of the report")
+    command.add_argument("--title", default="Reconstruction", help="of the report (default: %(default)s)")
     command.add_argument("--report", type=Path, metavar="JSON", help="write the summary here, for docs/make_results.py")
 
 

@@ -125,7 +125,7 @@ def add_generate_command(commands: argparse._SubParsersAction[argparse.ArgumentP
         "--method",
         choices=("euler", "midpoint", "heun"),
         default="euler",
-        help="the other two are finer and cost twice as much a step",
+        help="the other two are finer and cost twice as much a step (default: euler)",
     )
     command.add_argument(
         "--seed", type=int, default=0, metavar="K", help="the same seed gives the same clip (default: 0)"

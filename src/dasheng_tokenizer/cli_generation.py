@@ -54,9 +54,15 @@ def add_generation_command(commands: argparse._SubParsersAction[argparse.Argumen
     command.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of bootstrap, sub-sets and probes (default: 0)"
     )
-    command.add_argument("--cache", type=Path, default=Path("runs/embeddings"), metavar="DIR", help="kept embeddings")
+    command.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("runs/embeddings"),
+        metavar="DIR",
+        help="kept embeddings (default: %(default)s)",
+    )
     command.add_argument("--device", metavar="D", help="cpu, cuda, … (default: cuda where there is one)")
-    command.add_argument("--title", default="Generation", help="of the report")
+    command.add_argument("--title", default="Generation", help="of the report (default: %(default)s)")
     command.add_argument("--report", type=Path, metavar="JSON", help="write the report here")
 
 

@@ -47,11 +47,17 @@ def add_probe_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
         "--protocol",
         choices=("validation", "xares"),
         default="validation",
-        help="what the epoch is chosen on; xares chooses as that package does, for some tasks on test data",
+        help="what the epoch is chosen on (default: validation); xares: as that package, for some tasks on test data",
     )
-    command.add_argument("--cache", type=Path, default=Path("runs/embeddings"), metavar="DIR", help="kept embeddings")
+    command.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("runs/embeddings"),
+        metavar="DIR",
+        help="kept embeddings (default: %(default)s)",
+    )
     command.add_argument("--device", metavar="D", help="cpu, cuda, … (default: cuda where there is one)")
-    command.add_argument("--title", default="Linear evaluation", help="of the report")
+    command.add_argument("--title", default="Linear evaluation", help="of the report (default: %(default)s)")
     command.add_argument("--report", type=Path, metavar="JSON", help="write the report here, and FILE.md, FILE.png")
 
 
