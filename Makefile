@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-CODE := src tests benchmarks recipes space docs/make_results.py
+CODE := src tests benchmarks recipes space docs/make_results.py docs/make_configuration.py
 
 .PHONY: install demo test lint bench results docs clean
 
@@ -48,6 +48,7 @@ bench: $(VENV)/.installed-dev
 
 results: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_results.py
+	$(BIN)/python docs/make_configuration.py
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build --strict --site-dir site

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -106,3 +108,17 @@ def test_a_broken_report_is_named_and_nothing_is_written(
 
 def test_the_page_in_the_repository_is_up_to_date(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_the_configuration_page_is_what_the_dataclasses_give() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT.with_name("make_configuration.py")), "--check"], text=True)
+    assert done.returncode == 0
+
+
+def test_every_setting_of_a_recipe_is_on_the_configuration_page() -> None:
+    """With the default that a nested setting has where it stands, not that of its class."""
+    page = (SCRIPT.parent / "configuration.md").read_text(encoding="utf-8")
+    assert "| `discriminator.optimizer.lr` | number | `0.0002` |" in page
+    assert "| `optimizer.lr` | number | `0.001` |" in page
+    for key in ("mixture.snr_db", "dit.size", "acoustic_start.power", "vae_dim"):
+        assert f"| `{key}` |" in page

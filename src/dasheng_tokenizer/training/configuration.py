@@ -60,8 +60,15 @@ class OptimizerConfig:
 class LossWeights:
     """Weights of the terms of the generator's loss; a weight of 0 leaves the term uncomputed.
 
-    The defaults are those a later paper gives for this architecture; the STFT term is ours and off by default. `kl` is
-    for a VAE only, `semantic` for all but a VAE; see docs/training.md for where 0.25 comes from.
+    The defaults are those a later paper gives for this architecture; the STFT term is ours and off by default.
+
+    Attributes:
+        mel: 7-scale mel distance.
+        stft: multi-resolution STFT distance.
+        semantic: semantic preservation, the distance of the acoustic embedding to the semantic one; not for a VAE.
+        kl: Kullback-Leibler divergence, for a VAE only; see docs/training.md for where 0.25 comes from.
+        adversarial: least-squares answer of the discriminators.
+        feature_matching: distance of the discriminators' features.
     """
 
     mel: float = 45.0
