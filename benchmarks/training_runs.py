@@ -32,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("logs", nargs="+", metavar="NAME=LOG")
     parser.add_argument("--every", type=int, default=1000, help="steps between rows")
+    parser.add_argument("--title", default="Training runs compared")
     parser.add_argument("--note", action="append", default=[], help="a sentence for the report")
     parser.add_argument("--report", type=Path, required=True)
     options = parser.parse_args()
@@ -42,7 +43,7 @@ def main() -> None:
             parser.error(f"{item!r}: write NAME=LOG with a log that exists")
         rows += curve(name, Path(log), options.every)
     Report(
-        title="Training runs compared",
+        title=options.title,
         command=shlex.join(["python", "benchmarks/training_runs.py", *sys.argv[1:]]),
         data="validation clips of each run, weights averaged over steps",
         seed=0,

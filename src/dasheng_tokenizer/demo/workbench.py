@@ -119,7 +119,9 @@ class Workbench:
         """Load the models. An embedded enhancer or generator that cannot be had is left out, see `missing`.
 
         Args:
-            tokenizer, enhancer, generator: folder or hub name; None: the one that ships with the package.
+            tokenizer: folder or hub name; None: the one that ships with the package.
+            enhancer: folder; None: the same.
+            generator: folder or hub name; None: the same.
             device: as torch writes it; None: CUDA where there is one.
             max_seconds: longest clip.
 

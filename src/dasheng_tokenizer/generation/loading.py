@@ -25,10 +25,12 @@ def load_pipeline(
 
     Args:
         generator: folder or hub name; None: the one that ships with the package.
-        tokenizer, text_encoder: folder or hub name; None: those that the generator names.
+        tokenizer: folder or hub name; None: the one that the generator names.
+        text_encoder: folder or hub name; None: the one that the generator names.
         device: as torch writes it; None: CUDA where there is one.
-        offload_text_encoder, compiled: see `ScenePipeline.from_pretrained`; generators of
-            this package are small and have no use for them.
+        offload_text_encoder: see `ScenePipeline.from_pretrained`; generators of this package are small and have no
+            use for it.
+        compiled: the same.
 
     Raises:
         CheckpointError, ModelMismatchError, ConfigurationError, MissingExtraError: see the two pipelines.
