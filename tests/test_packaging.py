@@ -33,6 +33,12 @@ def test_all_is_all_but_the_browser() -> None:
     assert set(named[1].split(",")) == EXTRAS - {"all", "browser"}
 
 
+def test_the_readme_tells_what_each_extra_is_for() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("| extra | for |")[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == EXTRAS
+
+
 def test_every_extra_that_a_message_names_exists() -> None:
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
     named = set(re.findall(r'require_extra\("[\w.]+", "(\w+)"\)', sources))
