@@ -474,6 +474,8 @@ def test_recipe_mirrors_the_default() -> None:
     assert {key for key in default if default[key] != vae[key]} == {
         "output",
         "semantic_weights",
+        "acoustic_start",
+        "freeze_acoustic",
         "model",
         "loss_weights",
     }
@@ -485,12 +487,14 @@ def test_recipe_mirrors_the_default() -> None:
 def test_recipe_states_its_parameters() -> None:
     """Those of the default recipe, whose Whisper tiny encoder is 384 wide, are counted in a model of its sizes."""
     whisper = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536}
-    default, vae = (load_recipe(RECIPES / f"{name}.yaml").model for name in ("default", "vae"))
+    default, vae = (load_recipe(RECIPES / f"{name}.yaml") for name in ("default", "vae"))
     with torch.device("meta"):
         unified = DashengTokenizerModel(
-            DashengTokenizerConfig(semantic_encoder={"kind": "whisper", "config": whisper}, **default)
+            DashengTokenizerConfig(semantic_encoder={"kind": "whisper", "config": whisper}, **default.model)
         )
-        model = DashengTokenizerModel(DashengTokenizerConfig(**vae))
+        model = DashengTokenizerModel(DashengTokenizerConfig(**vae.model))
+    if default.freeze_acoustic:
+        unified.freeze_acoustic_layer()
 
     def count(parameters: Any) -> int:
         return sum(parameter.numel() for parameter in parameters)
