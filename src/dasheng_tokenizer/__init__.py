@@ -6,11 +6,12 @@ Importing the package registers the model with the Auto classes of transformers,
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
 from dasheng_tokenizer.audio import load_audio, save_audio
 from dasheng_tokenizer.configuration import DashengTokenizerConfig
 from dasheng_tokenizer.errors import DashengTokenizerError
+from dasheng_tokenizer.feature_extraction import DashengTokenizerFeatureExtractor
 from dasheng_tokenizer.token_file import AudioTokens
 from dasheng_tokenizer.tokenizer import DashengTokenizerModel, DashengTokenizerOutput
 
@@ -20,6 +21,7 @@ __all__ = [
     "AudioTokens",
     "DashengTokenizerConfig",
     "DashengTokenizerError",
+    "DashengTokenizerFeatureExtractor",
     "DashengTokenizerModel",
     "DashengTokenizerOutput",
     "load_audio",
@@ -28,3 +30,4 @@ __all__ = [
 
 AutoConfig.register(DashengTokenizerConfig.model_type, DashengTokenizerConfig, exist_ok=True)
 AutoModel.register(DashengTokenizerConfig, DashengTokenizerModel, exist_ok=True)
+AutoFeatureExtractor.register(DashengTokenizerConfig, DashengTokenizerFeatureExtractor, exist_ok=True)

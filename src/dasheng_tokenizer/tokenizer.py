@@ -24,6 +24,7 @@ from dasheng_tokenizer.checkpoints import load_strictly
 from dasheng_tokenizer.configuration import DashengTokenizerConfig
 from dasheng_tokenizer.decoder import VocosDecoder
 from dasheng_tokenizer.errors import AudioError, ConfigurationError, LatentError, MaskError
+from dasheng_tokenizer.feature_extraction import DashengTokenizerFeatureExtractor
 from dasheng_tokenizer.injection import InjectionEncoder
 from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN, SemanticEncoder, token_mask
 from dasheng_tokenizer.spectral import (
@@ -103,6 +104,11 @@ class DashengTokenizerModel(PreTrainedModel):
             CheckpointError: not found, damaged, or with missing, foreign or misshapen weights.
         """
         return load_strictly(super().from_pretrained, pretrained_model_name_or_path, kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """A folder that `from_pretrained` and the Auto classes of transformers load; arguments as in transformers."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        DashengTokenizerFeatureExtractor().save_pretrained(save_directory)
 
     # ------------------------------------------------------------------ public: tensors at 16 kHz
 
