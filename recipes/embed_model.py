@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("kind", choices=sorted(MODELS))
     parser.add_argument("model", type=Path, help="folder of the model, such as runs/generator/model")
     parser.add_argument("--settings", default="", help="KEY=VALUE pairs that the run was given beside the recipe")
+    parser.add_argument("--clean-change", nargs=2, type=float, metavar="X", help="of an enhancer, see `DenoiserInfo`")
     parser.add_argument("--tokenizer", help="finished tokenizer with the same latents, such as the embedded default")
     parser.add_argument("--report", type=Path, help="report whose figures go on the card")
     parser.add_argument("-o", "--output", type=Path, help="default: the place in the package")
@@ -72,6 +73,8 @@ def main() -> None:
         model = MODELS[arguments.kind].from_pretrained(arguments.model)
         if arguments.tokenizer is not None:
             belong_to(model, arguments.tokenizer)
+        if arguments.clean_change is not None and isinstance(model, Denoiser):
+            model.info = dataclasses.replace(model.info, clean_change=tuple(arguments.clean_change))
         embed(model, arguments.kind, target, arguments.settings)
     card = Path(__file__).parent / f"embedded_{arguments.kind}_card.md"
     write_card(card, target, MODELS[arguments.kind].from_pretrained(target).info.provenance, arguments.report)

@@ -88,8 +88,8 @@ def test_clean_speech_loses_what_the_tokenizer_loses(enhancer: Enhancer, speech:
     tokens = enhancer.tokenizer.compress(speech, RATE)
     ceiling = enhancer.tokenizer.decompress(tokens)[0].numpy()
     ours = enhanced(enhancer, speech)
-    assert stoi(speech, ours) > stoi(speech, ceiling) - 0.05
-    assert mel_distance(speech, ours) < 1.3 * mel_distance(speech, ceiling)
+    assert stoi(speech, ours) > stoi(speech, ceiling) - 0.002
+    assert mel_distance(speech, ours) < 1.01 * mel_distance(speech, ceiling)
 
 
 def test_the_command_needs_no_model(speech: np.ndarray, tmp_path: Path) -> None:

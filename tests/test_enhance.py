@@ -65,6 +65,34 @@ def noise(samples: int, channels: int = 1, seed: int = 0) -> np.ndarray:
     return held.astype(np.float32)
 
 
+# ---------------------------------------------------------------------- clean input
+
+
+def test_what_would_hardly_change_passes_as_it_is(tokenizer: DashengTokenizerModel, enhancer: Enhancer) -> None:
+    """Each window on its own: between both limits in part."""
+    audio = noise(40 * 640)
+    plain = enhancer.tokenizer.decompress(enhancer.tokenizer.compress(audio, RATE))
+    denoised = enhancer.enhance(audio, RATE)
+    assert float((denoised - plain).abs().max()) > 1e-3
+
+    def limited(low: float, high: float) -> torch.Tensor:
+        denoiser = new_denoiser(tokenizer, None, clean_change=(low, high))
+        return Enhancer(denoiser, tokenizer).enhance(audio, RATE)
+
+    torch.testing.assert_close(limited(1e6, 2e6), plain)
+    torch.testing.assert_close(limited(0.0, 1e-9), denoised)
+    between = limited(0.0, 10.0)
+    assert float((between - plain).abs().max()) > 1e-5 and float((between - denoised).abs().max()) > 1e-5
+
+
+@pytest.mark.parametrize("limits", [(0.2, 0.1), (-1.0, 1.0), (0.1, float("inf")), (0.1, 0.1)])
+def test_limits_of_clean_input_are_checked(limits: tuple[float, float]) -> None:
+    with pytest.raises(ConfigurationError, match="clean_change"):
+        DenoiserInfo("hash", clean_change=limits)
+    with pytest.raises(ConfigurationError, match="not semantic"):
+        DenoiserInfo("hash", part="semantic", clean_change=(0.1, 0.2))
+
+
 # ---------------------------------------------------------------------- audio in memory
 
 

@@ -82,6 +82,9 @@ class DenoiserInfo:
         part: what of the noisy audio it sees.
         frame_rate: tokens a second.
         window_seconds: length that it was trained on; longer audio runs in windows of it (see `enhancer`).
+        clean_change: two mean squared changes of a window, in standard deviations of clean latents. What the denoiser
+            would change by less than the first is clean already and passes as it is; above the second it is denoised
+            whole, between them in part. None: all is denoised. For the part `unified` alone.
         provenance: free-form facts: data, steps, licence, date.
 
     Raises:
@@ -93,12 +96,21 @@ class DenoiserInfo:
     part: Part = "unified"
     frame_rate: float = 25.0
     window_seconds: float = 5.12
+    clean_change: tuple[float, float] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         if self.part not in get_args(Part):
             raise ConfigurationError(f"part {self.part!r} is not one of {', '.join(get_args(Part))}")
+        if self.clean_change is not None:
+            low, high = self.clean_change
+            if self.part != "unified" or not 0 <= low < high < math.inf:
+                raise ConfigurationError(
+                    f"clean_change {self.clean_change} must be two rising numbers from 0 on, of a denoiser of the part "
+                    f"unified, not {self.part}"
+                )
+            object.__setattr__(self, "clean_change", (float(low), float(high)))  # JSON has lists
         if not (0 < self.frame_rate < math.inf and 0 < self.window_seconds < math.inf):
             raise ConfigurationError(
                 f"window_seconds {self.window_seconds} and frame_rate {self.frame_rate} must be above 0 and finite"

@@ -177,11 +177,22 @@ class DenoisedLatents:
         clean = self.denoiser(batch.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, batch.shape[:2])
         if not bool(torch.isfinite(clean).all()):
             raise LatentError("the denoiser made NaN or infinity; run it as float32, or train it again")
+        clean = self._unless_clean(batch, clean, mask)  # (W, channels, n, D)
         own = []
         for place, (core, start) in enumerate(zip(cores, starts, strict=True)):
             size = min(self.core, length - core * self.core)
             own.append(clean[place, :, core * self.core - start :][:, :size])
         return torch.cat(own, dim=1)
+
+    def _unless_clean(self, noisy: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
+        """(W, channels, n, D): of windows that need no denoising what came in, by how little would change."""
+        if self.denoiser.info.clean_change is None:
+            return clean
+        low, high = self.denoiser.info.clean_change
+        change = ((clean - noisy) / self.denoiser.latent_std).square().mean(-1)  # (W, channels, n)
+        change = change.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1)  # (W, channels)
+        share = ((change - low) / (high - low)).clamp(0, 1)[..., None, None]
+        return noisy + share * (clean - noisy)
 
 
 def check_tokenizer(denoiser: Denoiser, tokenizer: DashengTokenizerModel) -> None:
