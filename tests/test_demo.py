@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -221,6 +222,21 @@ def test_wrong_usage_of_the_command(arguments: list[str], says: str, capsys: pyt
     pytest.importorskip("gradio", reason="needs the extra demo")
     assert main(["demo", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_taken_port_is_named(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gradio", reason="needs the extra demo")
+    monkeypatch.setattr(Workbench, "load", lambda *named: bench)
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["demo", "--port", str(port)]) == 2
+    assert f"127.0.0.1:{port}" in (told := capsys.readouterr().err) and "--port" in told
+    assert not Path(os.environ["GRADIO_TEMP_DIR"]).exists()
 
 
 def test_the_space_is_the_page(monkeypatch: pytest.MonkeyPatch) -> None:

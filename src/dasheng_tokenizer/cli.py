@@ -121,8 +121,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
         print(info(arguments.name))
         return 0
-    if arguments.command == "demo":
-        return run_demo(arguments)
     if arguments.command == "encode-dataset":
         return run_encode_dataset(arguments)
     if arguments.command == "evaluate":
@@ -135,7 +133,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return kinds[arguments.kind](arguments)
     from dasheng_tokenizer import cli_audio
 
-    own = {"generate": run_generate, "enhance": run_enhance}
+    own = {"generate": run_generate, "enhance": run_enhance, "demo": run_demo}
     run = own[arguments.command] if arguments.command in own else getattr(cli_audio, arguments.command)
     if threading.current_thread() is threading.main_thread():
         previous = signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run tidies up as after Ctrl-C

@@ -46,5 +46,8 @@ def run_demo(arguments: argparse.Namespace) -> int:
     try:
         launch_page(bench, arguments.host, arguments.port or None, arguments.open)
     except (OSError, ValueError) as error:  # gradio has both
-        raise ConfigurationError(f"the page cannot be served at {arguments.host}:{arguments.port}: {error}") from error
+        raise ConfigurationError(
+            f"the page cannot be served at {arguments.host}:{arguments.port}, where another program may be listening; "
+            f"choose another --port, or 0 for a free one ({error})"
+        ) from error
     return 0
