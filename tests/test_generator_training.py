@@ -661,7 +661,8 @@ def write_shard(path: Path, lists: bool, domains: Sequence[str]) -> None:
             audio = io.BytesIO()
             soundfile.write(audio, 0.1 * rng.standard_normal(22050 + 3000 * index), 22050, format="FLAC")
             caption: Any = ["a low hum", "one more hum"] if lists else "a high whistle"
-            labels = json.dumps({"caption": caption, "domain": domains[index % len(domains)]}).encode()
+            domain = domains[index % len(domains)]
+            labels = json.dumps({"caption": caption, "domain": domain, "event": f"event {index}"}).encode()
             for suffix, data in ((".flac", audio.getvalue()), (".json", labels)):
                 member = tarfile.TarInfo(f"x{index}_{30 * index}{suffix}")
                 member.size = len(data)
