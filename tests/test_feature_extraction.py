@@ -9,10 +9,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, pipeline
 
-from dasheng_tokenizer import DashengTokenizerFeatureExtractor, DashengTokenizerModel, load_audio
+from dasheng_tokenizer import (
+    AudioFeatureExtractionPipeline,
+    DashengTokenizerFeatureExtractor,
+    DashengTokenizerModel,
+    load_audio,
+)
 from dasheng_tokenizer.checkpoints import embedded_default
 from dasheng_tokenizer.errors import AudioError, AudioFileError
-from dasheng_tokenizer.feature_extraction import AudioFeatureExtractionPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -85,3 +85,50 @@ def test_the_wheel_holds_weights_clips_and_types(tmp_path: Path) -> None:
     }
     assert there <= names
     assert {"dasheng_tokenizer/py.typed", "dasheng_tokenizer/embedded/default/config.json"} <= names
+
+
+# ---------------------------------------------------------------------- import
+
+HEAVY = ("torch", "transformers", "numpy", "soundfile", "soxr", "matplotlib", "scipy", "gradio", "lightning_fabric")
+
+IMPORTS = (  # each in a process of its own; then the Auto classes must know the package
+    "import dasheng_tokenizer; from transformers import AutoConfig, AutoFeatureExtractor, AutoModel",
+    "from transformers import AutoConfig, AutoFeatureExtractor, AutoModel; import dasheng_tokenizer",
+    "import dasheng_tokenizer; from transformers import pipeline, AutoConfig, AutoFeatureExtractor, AutoModel",
+    "import dasheng_tokenizer.feature_extraction; from transformers import AutoConfig, AutoFeatureExtractor, AutoModel",
+)
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300).stdout
+
+
+def test_the_package_and_its_command_line_import_nothing_heavy() -> None:
+    code = (
+        "import sys, dasheng_tokenizer, dasheng_tokenizer.cli as cli; cli.build_parser().format_help()\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert run(code).strip() == "[]"
+
+
+@pytest.mark.parametrize("imports", IMPORTS)
+def test_auto_classes_know_the_package_in_any_order_of_imports(imports: str) -> None:
+    folder = ROOT / "src" / "dasheng_tokenizer" / "embedded" / "default"
+    code = (
+        f"{imports}\n"
+        f"config = AutoConfig.from_pretrained({str(folder)!r})\n"
+        f"print(type(config).__name__, type(AutoFeatureExtractor.from_pretrained({str(folder)!r})).__name__)\n"
+        "import torch\n"
+        "with torch.device('meta'): print(type(AutoModel.from_config(config)).__name__)"
+    )
+    assert run(code).split() == [
+        "DashengTokenizerConfig", "DashengTokenizerFeatureExtractor", "DashengTokenizerModel",
+    ]  # fmt: skip
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in dasheng_tokenizer.__all__:
+        assert getattr(dasheng_tokenizer, name).__name__ == name
+        assert name in dir(dasheng_tokenizer)
+    with pytest.raises(AttributeError, match="no attribute 'Tokens'"):
+        _ = dasheng_tokenizer.Tokens

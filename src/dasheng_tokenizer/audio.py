@@ -1,9 +1,10 @@
-"""Audio in and out: files, arrays, rates and lengths. Gathers `samples`, `audio_reader` and `audio_writer`."""
+"""Audio in and out: files, arrays, rates and lengths, gathered from `samples` and the three modules `audio_…`."""
 
 from __future__ import annotations
 
-from dasheng_tokenizer.audio_reader import READ_SUFFIXES, AudioReader, load_audio
-from dasheng_tokenizer.audio_writer import WRITE_FORMATS, AudioWriter, save_audio
+from dasheng_tokenizer.audio_formats import READ_SUFFIXES, WRITE_FORMATS
+from dasheng_tokenizer.audio_reader import AudioReader, load_audio
+from dasheng_tokenizer.audio_writer import AudioWriter, save_audio
 from dasheng_tokenizer.samples import (
     MAX_RATE,
     MIN_RATE,

@@ -15,11 +15,6 @@ import soundfile
 from dasheng_tokenizer.errors import AudioError, AudioFileError
 from dasheng_tokenizer.samples import Array, check_finite
 
-READ_SUFFIXES = frozenset(
-    {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64"}
-)
-"""Suffixes that a folder is searched for. A file named by itself may have any suffix."""
-
 BLOCK_SECONDS = 10
 
 _STREAMED = 0x7FFF0000  # sizes from here on mean "unknown" in headers written to a pipe by ffmpeg and sox

@@ -12,20 +12,11 @@ from typing import IO, Any
 import numpy as np
 import soundfile
 
+from dasheng_tokenizer.audio_formats import WRITE_FORMATS
 from dasheng_tokenizer.audio_reader import reason
 from dasheng_tokenizer.errors import AudioError, OutputError
 from dasheng_tokenizer.files import atomic_path
 from dasheng_tokenizer.samples import Array, check_finite, to_audio_array
-
-WRITE_FORMATS = {
-    # suffix: (libsndfile format, default subtype, most channels, allowed rates or None for any)
-    ".wav": ("WAV", "PCM_16", 1024, None),
-    ".w64": ("W64", "PCM_16", 1024, None),
-    ".flac": ("FLAC", "PCM_16", 8, None),
-    ".ogg": ("OGG", "VORBIS", 255, None),
-    ".opus": ("OGG", "OPUS", 255, (8000, 12000, 16000, 24000, 48000)),
-    ".mp3": ("MP3", "MPEG_LAYER_III", 2, (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)),
-}
 
 _MAX_WAV_BYTES = 2**32 - 4096  # sizes in a WAV header have 32 bits
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
-from dasheng_tokenizer.audio import WRITE_FORMATS
+from dasheng_tokenizer.audio_formats import WRITE_FORMATS
 from dasheng_tokenizer.cli_paths import (
     DECODED,
     RECONSTRUCTED,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dasheng_tokenizer.audio import WRITE_FORMATS
+from dasheng_tokenizer.audio_formats import WRITE_FORMATS
 from dasheng_tokenizer.cli_audio import Progress, plan_jobs, run_jobs
 from dasheng_tokenizer.cli_paths import ENHANCED, Job, is_audio
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dasheng_tokenizer.audio import WRITE_FORMATS
+from dasheng_tokenizer.audio_formats import WRITE_FORMATS
 from dasheng_tokenizer.cli_generate_requests import END_OF_SEEDS, KEYS, PARTS, Request, read_requests
 from dasheng_tokenizer.cli_paths import is_output_file
 from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError, TextError

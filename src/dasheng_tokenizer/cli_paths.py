@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dasheng_tokenizer.audio import READ_SUFFIXES
+from dasheng_tokenizer.audio_formats import READ_SUFFIXES
 from dasheng_tokenizer.files import is_partial
 
 TOKEN_SUFFIX = ".tokens.safetensors"

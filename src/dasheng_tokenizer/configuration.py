@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from dasheng_tokenizer.errors import ConfigurationError
 from dasheng_tokenizer.spectral import SAMPLES_PER_TOKEN
@@ -152,3 +152,6 @@ class DashengTokenizerConfig(PreTrainedConfig):
                 f"vae_dim {self.vae_dim} and embed_dim {self.embed_dim} must be at least 1, vae_depth {self.vae_depth} "
                 "at least 0"
             )
+
+
+AutoConfig.register(DashengTokenizerConfig.model_type, DashengTokenizerConfig, exist_ok=True)

@@ -1,32 +1,20 @@
-"""The package in the words of transformers: a feature extractor, and a pipeline for `feature-extraction` from audio.
-
-The pipeline of that name in transformers reads texts. Name ours beside the task:
-
-    from transformers import pipeline
-    from dasheng_tokenizer.feature_extraction import AudioFeatureExtractionPipeline
-
-    extract = pipeline("feature-extraction", model=folder, pipeline_class=AudioFeatureExtractionPipeline)
-    extract("speech.wav", return_tensors=True)  # (T, D)
-"""
+"""The package in the words of transformers: a feature extractor that makes a batch of clips."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import BatchFeature, Pipeline, SequenceFeatureExtractor
+from transformers import AutoFeatureExtractor, BatchFeature, SequenceFeatureExtractor
 
-from dasheng_tokenizer.audio import Array, check_rate, load_audio, resample, to_audio_array
+from dasheng_tokenizer.audio import Array, check_rate, resample, to_audio_array
+from dasheng_tokenizer.configuration import DashengTokenizerConfig
 from dasheng_tokenizer.errors import AudioError
 from dasheng_tokenizer.spectral import SAMPLING_RATE
-
-if TYPE_CHECKING:
-    from dasheng_tokenizer.tokenizer import DashengTokenizerOutput
 
 
 class DashengTokenizerFeatureExtractor(SequenceFeatureExtractor):  # type: ignore[misc]
@@ -78,58 +66,6 @@ class DashengTokenizerFeatureExtractor(SequenceFeatureExtractor):  # type: ignor
         return BatchFeature({"audio": audio, "padding_mask": mask}, tensor_type=return_tensors)
 
 
-class AudioFeatureExtractionPipeline(Pipeline):  # type: ignore[misc]
-    """Audio → the unified embedding, (T, D) for each clip, 25 vectors a second.
-
-    Takes what `pipeline(…)` of transformers takes for audio: a file, an array at 16 kHz, or a mapping with `array` (or
-    `raw`) and `sampling_rate`; or a list of them. Several channels are mixed down to one. With `return_tensors=True`
-    tensors come back, else lists of numbers. `part` names another embedding: "semantic" or "acoustic".
-
-    Raises:
-        AudioFileError: a file that cannot be read; AudioError: samples that cannot be used.
-    """
-
-    # The base class has None in these places, and methods that take anything.
-    _load_processor: Any = False
-    _load_image_processor: Any = False
-    _load_feature_extractor: Any = True
-    _load_tokenizer: Any = False
-
-    def _sanitize_parameters(  # type: ignore[override]
-        self, return_tensors: bool = False, part: str = "unified"
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        if part not in ("unified", "semantic", "acoustic"):
-            raise AudioError(f"part {part!r} is none of unified, semantic, acoustic")
-        return {}, {}, {"return_tensors": return_tensors, "part": part}
-
-    def preprocess(self, clip: Any) -> BatchFeature:  # type: ignore[override]
-        """A file, array or mapping → a batch of one."""
-        if isinstance(clip, (str, os.PathLike)):
-            audio, rate = load_audio(clip)
-        elif isinstance(clip, dict):
-            held = clip.get("array", clip.get("raw"))
-            if held is None or "sampling_rate" not in clip:
-                raise AudioError(f"a mapping with {sorted(clip)} was given; it needs `array` and `sampling_rate`")
-            audio, rate = to_audio_array(held), clip["sampling_rate"]
-        else:
-            audio, rate = to_audio_array(clip), SAMPLING_RATE
-        extractor: Any = self.feature_extractor
-        return extractor(audio.mean(axis=0), sampling_rate=rate, return_tensors="pt")
-
-    def _forward(self, model_inputs: BatchFeature) -> DashengTokenizerOutput:  # type: ignore[override]
-        output: DashengTokenizerOutput = self.model(**model_inputs)
-        return output
-
-    def postprocess(  # type: ignore[override]
-        self, model_outputs: DashengTokenizerOutput, return_tensors: bool, part: str
-    ) -> Any:
-        """(T, D) of the batch of one."""
-        embedding = model_outputs[part]
-        if embedding is None:
-            raise AudioError(f"this model is a VAE, which has no {part} part")
-        return embedding[0] if return_tensors else embedding[0].tolist()
-
-
 def _clips(raw_audio: Any) -> list[Any]:
     """The clips of a batch; one alone is a batch of one."""
     if isinstance(raw_audio, (np.ndarray, torch.Tensor)):
@@ -145,3 +81,6 @@ def _one_channel(clip: Any) -> Array:
     if audio.shape[0] != 1:
         raise AudioError(f"a clip has {audio.shape[0]} channels; give one channel a clip, such as the mean")
     return audio[0]
+
+
+AutoFeatureExtractor.register(DashengTokenizerConfig, DashengTokenizerFeatureExtractor, exist_ok=True)

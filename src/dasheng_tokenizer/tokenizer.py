@@ -17,14 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from dasheng_tokenizer.checkpoints import load_strictly
 from dasheng_tokenizer.configuration import DashengTokenizerConfig
 from dasheng_tokenizer.decoder import VocosDecoder
 from dasheng_tokenizer.errors import AudioError, ConfigurationError, LatentError, MaskError
-from dasheng_tokenizer.feature_extraction import DashengTokenizerFeatureExtractor
 from dasheng_tokenizer.injection import InjectionEncoder
 from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN, SemanticEncoder, token_mask
 from dasheng_tokenizer.spectral import (
@@ -107,6 +106,10 @@ class DashengTokenizerModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """A folder that `from_pretrained` and the Auto classes of transformers load; arguments as in transformers."""
+        from dasheng_tokenizer.feature_extraction import (
+            DashengTokenizerFeatureExtractor,
+        )  # which may import this module
+
         super().save_pretrained(save_directory, *args, **kwargs)
         DashengTokenizerFeatureExtractor().save_pretrained(save_directory)
 
@@ -384,3 +387,6 @@ def _check_mask(mask: Tensor, shape: torch.Size) -> Tensor:
             f"padding_mask hides every sample of clip {int(samples.argmin())}; leave such clips out of the batch"
         )
     return samples
+
+
+AutoModel.register(DashengTokenizerConfig, DashengTokenizerModel, exist_ok=True)
