@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-CODE := src tests benchmarks recipes space docs/make_results.py docs/make_configuration.py
+CODE := src tests benchmarks examples recipes space docs/make_results.py docs/make_configuration.py
 
 .PHONY: install demo test lint bench results docs clean
 

@@ -146,7 +146,7 @@ def test_blocks_equal_the_whole(depth: int, block: int, monkeypatch: pytest.Monk
         audio = noise(2, samples)
         whole = model.encode(audio)
         pieces = [piece.numpy() for piece in audio.split(7_000, dim=1)]
-        blocks = torch.cat(list(encode_blocks(model, lambda p=pieces: p, samples)), dim=1)
+        blocks = torch.cat(list(encode_blocks(model, lambda p=pieces: p)), dim=1)
         torch.testing.assert_close(blocks, whole, rtol=0, atol=1e-5)
     joined = np.concatenate(list(decode_blocks(model, whole, 37)), axis=1)
     torch.testing.assert_close(torch.from_numpy(joined), model.decode(whole), rtol=0, atol=1e-5)

@@ -29,9 +29,10 @@ from dasheng_tokenizer.audio import (
     to_audio_array,
 )
 from dasheng_tokenizer.errors import ConfigurationError, ModelMismatchError
+from dasheng_tokenizer.finite_context import ContextBlocks
 from dasheng_tokenizer.injection import Part
 from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN
-from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, SAMPLING_RATE
+from dasheng_tokenizer.spectral import SAMPLES_PER_TOKEN, SAMPLING_RATE
 from dasheng_tokenizer.token_file import AudioTokens
 from dasheng_tokenizer.token_stream import TokenReader, token_writer
 from dasheng_tokenizer.vae import VAEEncoder
@@ -63,46 +64,29 @@ class Latents(Protocol):
 # ---------------------------------------------------------------------- 16 kHz blocks ↔ latents
 
 
-def context_blocks(blocks: Iterable[Array], num_samples: int, block_tokens: int) -> Iterator[tuple[Tensor, int]]:
+def context_blocks(blocks: Iterable[Array], block_tokens: int) -> Iterator[tuple[Tensor, int]]:
     """Cuts a clip that arrives in pieces into blocks of tokens with context audio (see `spectral`).
 
     Args:
         blocks: (channels, any) pieces at 16 kHz.
-        num_samples: what they sum up to.
         block_tokens: tokens a block; the last has fewer.
 
     Yields:
         (channels, CONTEXT + 640·N + CONTEXT) samples and N.
     """
-    total = -(-num_samples // SAMPLES_PER_TOKEN)
-    pending: Array | None = None  # from CONTEXT samples before the next block on
-    done = 0
-    source = iter(blocks)
-    while done < total:
-        size = min(block_tokens, total - done)
-        needed = size * SAMPLES_PER_TOKEN + 2 * CONTEXT
-        pieces = [] if pending is None else [pending]
-        held = 0 if pending is None else pending.shape[1]
-        missing_left = CONTEXT if pending is None else 0  # mirrored below, once enough of the clip is here
-        while held + missing_left < needed and (piece := next(source, None)) is not None:
-            pieces.append(piece)
-            held += piece.shape[1]
-        audio = np.concatenate(pieces, axis=1)
-        audio = np.pad(audio, ((0, 0), (0, max(0, needed - missing_left - held))))
-        if missing_left:
-            audio = np.concatenate([audio[:, CONTEXT:0:-1], audio], axis=1)
-        yield torch.from_numpy(np.ascontiguousarray(audio[:, :needed])), size
-        pending = audio[:, size * SAMPLES_PER_TOKEN :]
-        done += size
+    cutter = ContextBlocks(block_tokens)
+    for block in blocks:
+        yield from cutter.push(block)
+    yield from cutter.finish()
 
 
-def clip_level(model: DashengTokenizerModel, blocks: Iterable[Array], num_samples: int) -> Tensor | None:
+def clip_level(model: DashengTokenizerModel, blocks: Iterable[Array]) -> Tensor | None:
     """First pass: the level of each channel of the whole clip, (channels,); None where the encoder needs none."""
     encoder = model.semantic_encoder
     if not encoder.needs_level:
         return None
     level = None
-    for audio, size in context_blocks(blocks, num_samples, encoder.window_tokens):
+    for audio, size in context_blocks(blocks, encoder.window_tokens):
         frames = torch.full((len(audio),), FRAMES_PER_TOKEN * size, device=model.device)
         piece = encoder.level(audio.to(model.device), frames)
         level = piece if level is None else torch.maximum(level, piece)
@@ -111,26 +95,23 @@ def clip_level(model: DashengTokenizerModel, blocks: Iterable[Array], num_sample
 
 @torch.inference_mode()
 def encode_blocks(
-    model: DashengTokenizerModel, blocks: Callable[[], Iterable[Array]], num_samples: int, part: Part = "unified"
+    model: DashengTokenizerModel, blocks: Callable[[], Iterable[Array]], part: Part = "unified"
 ) -> Iterator[Tensor]:
     """Latents of a clip at 16 kHz, window by window: yields (channels, N, D) on the CPU.
 
     Args:
         model: the tokenizer, in `length_mode="exact"`.
         blocks: called for each pass over the clip; gives (channels, any) pieces.
-        num_samples: what the pieces sum up to.
         part: the latent that the decoder takes, or one of the two parts of its sum, which a VAE does not have.
     """
     if model.config.length_mode != "exact":
         raise ConfigurationError('block-wise encoding is exact; load the model with length_mode="exact"')
     if part == "unified" and isinstance(encoder := model.encoder, VAEEncoder):
-        pieces = (
-            encoder.patches(audio.to(model.device)) for audio, _ in context_blocks(blocks(), num_samples, BLOCK_TOKENS)
-        )
+        pieces = (encoder.patches(audio.to(model.device)) for audio, _ in context_blocks(blocks(), BLOCK_TOKENS))
         yield from (latents.cpu() for latents in encoder.mean_blocks(pieces))
         return
-    level = clip_level(model, blocks(), num_samples)
-    for audio, size in context_blocks(blocks(), num_samples, model.semantic_encoder.window_tokens):
+    level = clip_level(model, blocks())
+    for audio, size in context_blocks(blocks(), model.semantic_encoder.window_tokens):
         tokens = torch.full((len(audio),), size, device=model.device)
         semantic, acoustic, _ = model._encode_context(audio.to(model.device), tokens, level)
         yield {"unified": semantic + acoustic, "semantic": semantic, "acoustic": acoustic}[part].cpu()
@@ -177,10 +158,9 @@ def _latent_blocks(
 ) -> Iterator[Tensor]:
     """Latents (channels, N, D) of pieces at any rate that sum up to `shape`, (channels, samples)."""
     channels, samples = shape
-    num_samples = resampled_length(samples, rate, SAMPLING_RATE)
     seconds = samples / rate
     done = 0.0
-    for latents in encode_blocks(model, lambda: _at_16k(blocks(), rate, channels), num_samples, part):
+    for latents in encode_blocks(model, lambda: _at_16k(blocks(), rate, channels), part):
         yield latents
         done += latents.shape[1] / model.frame_rate
         if progress is not None:

@@ -6,7 +6,7 @@ needs constant memory. Keys of `config.semantic_encoder`:
     kind            whisper, wavlm, hubert or wav2vec2
     config          the transformers configuration of the encoder, as a dict
     window_seconds  tokens that see each other; 30 s by default, Whisper's own limit
-    silence_seconds Whisper only: silence that follows the clip in its window, as far as that has room; 2 s by default
+    silence_seconds Whisper only: silence that follows each window, as far as the largest has room; 2 s by default
     normalize       wave encoders only: zero mean and unit variance per window, as their feature extractors do
                     (`do_normalize` in the published preprocessor_config.json); true by default
 """
@@ -49,7 +49,7 @@ class WhisperSemanticEncoder(SemanticEncoder):
         config = WhisperConfig(**settings["config"])
         config._attn_implementation = "sdpa"
         self.output_dim = config.d_model
-        self.window_tokens = _tokens(settings, "window_seconds", 30.0)
+        self.window_tokens = self.max_window_tokens = _tokens(settings, "window_seconds", 30.0)
         if self.window_tokens * FRAMES_AVERAGED > config.max_source_positions:
             raise ConfigurationError(
                 f"window_seconds {settings.get('window_seconds')} is more than the encoder's "
@@ -71,9 +71,9 @@ class WhisperSemanticEncoder(SemanticEncoder):
     def encode_window(self, context_audio: Tensor, num_tokens: Tensor, level: Tensor | None) -> Tensor:
         """See `SemanticEncoder.encode_window`."""
         length = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN
-        silence = min(self.silence_tokens, self.window_tokens - length)
+        silence = min(self.silence_tokens, self.max_window_tokens - length)
         extended = F.pad(context_audio, (0, silence * SAMPLES_PER_TOKEN))
-        tokens = (num_tokens + self.silence_tokens).clamp(max=self.window_tokens)
+        tokens = (num_tokens + self.silence_tokens).clamp(max=self.max_window_tokens)
         return self._encode_extended(extended, tokens)[:, :length]  # (B, N, D)
 
     def _encode_extended(self, context_audio: Tensor, num_tokens: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class WaveSemanticEncoder(SemanticEncoder):
             )
         self.extra = field - stride  # samples beyond the strides that give exactly two frames a token
         self.output_dim = config.hidden_size
-        self.window_tokens = _tokens(settings, "window_seconds", 30.0)
+        self.window_tokens = self.max_window_tokens = _tokens(settings, "window_seconds", 30.0)
         self.normalize = bool(settings.get("normalize", True))
         self.encoder = model_class(config)
 

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dasheng_tokenizer.configuration import DashengTokenizerConfig
+from dasheng_tokenizer.errors import ConfigurationError
 from dasheng_tokenizer.spectral import (
     CONTEXT,
     SAMPLES_PER_TOKEN,
+    SAMPLING_RATE,
     Float32BatchNorm1d,
     Float32Module,
     MelSpectrogram,
@@ -41,12 +43,27 @@ class SemanticEncoder(nn.Module):
     Attributes:
         output_dim: width of its vectors.
         window_tokens: tokens that see each other; longer audio runs as independent windows of this size.
+        max_window_tokens: the largest such size, that which the encoder is configured for.
         needs_level: whether a window needs a figure of the whole clip (`level`) first.
     """
 
     output_dim: int
     window_tokens: int
+    max_window_tokens: int
     needs_level: bool = False
+
+    def set_window(self, seconds: float) -> None:
+        """See `DashengTokenizerModel.set_encoder_window`."""
+        tokens = round(seconds * SAMPLING_RATE / SAMPLES_PER_TOKEN)
+        longest = self.max_window_tokens * SAMPLES_PER_TOKEN / SAMPLING_RATE
+        if (
+            not 1 <= tokens <= self.max_window_tokens
+            or abs(tokens * SAMPLES_PER_TOKEN / SAMPLING_RATE - seconds) > 1e-6
+        ):
+            raise ConfigurationError(
+                f"a window of {seconds} s was asked for; it must be a multiple of 0.04 s up to {longest:g} s"
+            )
+        self.window_tokens = tokens
 
     def level(self, context_audio: Tensor, num_frames: Tensor) -> Tensor:
         """Figure of a piece of a clip, (B,); the clip's is the maximum over its pieces. Only where `needs_level`."""
@@ -164,7 +181,7 @@ class DashengEncoder(SemanticEncoder):
     The dB floor hangs on the loudest band of the whole clip; that maximum is the clip's `level`.
     """
 
-    window_tokens = 252  # 10.08 s, the positions the encoder was trained with
+    window_tokens = max_window_tokens = 252  # 10.08 s, the positions the encoder was trained with
     needs_level = True
     dynamic_range_db = 120.0
 
@@ -172,7 +189,7 @@ class DashengEncoder(SemanticEncoder):
         super().__init__()
         dim, bands = config.embed_dim, 64
         self.output_dim = dim
-        self.time_pos_embed = nn.Parameter(0.02 * torch.randn(1, dim, 1, self.window_tokens))
+        self.time_pos_embed = nn.Parameter(0.02 * torch.randn(1, dim, 1, self.max_window_tokens))
         self.freq_pos_embed = nn.Parameter(0.02 * torch.randn(1, dim, 1, 1))
         # Lists keep the published key names front_end.0 and init_bn.1, whose neighbours hold no weights.
         self.front_end = nn.ModuleList([MelSpectrogram(n_fft=512, n_mels=bands, power=2.0)])

@@ -37,6 +37,7 @@ from dasheng_tokenizer.spectral import (
 from dasheng_tokenizer.vae import VAEEncoder
 
 if TYPE_CHECKING:
+    from dasheng_tokenizer.streaming import TokenizerStream
     from dasheng_tokenizer.token_file import AudioTokens
 
 
@@ -188,6 +189,43 @@ class DashengTokenizerModel(PreTrainedModel):
         from dasheng_tokenizer.chunking import decompress
 
         return decompress(self, tokens, force)
+
+    def streaming(
+        self,
+        sampling_rate: int = SAMPLING_RATE,
+        num_channels: int = 1,
+        level: float | None = None,
+        reconstruct: bool = True,
+    ) -> TokenizerStream:
+        """Live audio: a context manager that takes blocks of any size and gives tokens and reconstruction in time.
+
+        They equal those of `compress` and `decompress` of the whole. How long they take: `streaming.streaming_latency`.
+
+        Args:
+            sampling_rate: of the audio, in Hz, 8000 to 192000.
+            num_channels: each is a stream of its own.
+            level: loudest mel power of the whole recording, where the encoder's floor hangs on it (Dasheng); None: that
+                of a full-scale tone.
+            reconstruct: also decode.
+
+        Raises:
+            AudioError: rate out of range or no channel; ConfigurationError: `length_mode` is not "exact".
+        """
+        from dasheng_tokenizer.streaming import FULL_SCALE_LEVEL, TokenizerStream
+
+        return TokenizerStream(
+            self, sampling_rate, num_channels, FULL_SCALE_LEVEL if level is None else level, reconstruct
+        )
+
+    def set_encoder_window(self, seconds: float) -> None:
+        """How many seconds of audio see each other in the semantic encoder, from now on.
+
+        Short windows make live tokens come sooner; the tokens are others than those of the default, and less good.
+
+        Raises:
+            ConfigurationError: not a multiple of 0.04 s, longer than the encoder allows, or a VAE, which has none.
+        """
+        self.semantic_encoder.set_window(seconds)
 
     # ------------------------------------------------------------------ public: training and bookkeeping
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dasheng_tokenizer.configuration import DashengTokenizerConfig
 from dasheng_tokenizer.decoder import ConvNeXtBlock
+from dasheng_tokenizer.finite_context import FiniteContext
 from dasheng_tokenizer.injection import AcousticFrontEnd
 from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN, linear_patches, token_mask
 from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN
@@ -124,15 +125,9 @@ class VAEEncoder(nn.Module):
         Yields:
             (B, any, C); a token comes once its `context_tokens` successors are here, or the clip's end is.
         """
-        context = self.context_tokens
-        held: Tensor | None = None  # from `context` tokens before the first that is still to come, or the clip's start
-        first = 0  # its place in `held`
+        means = FiniteContext(lambda patches: self.posterior(patches).mean, self.context_tokens)
         for piece in pieces:
-            held = piece if held is None else torch.cat([held, piece], dim=1)
-            end = held.shape[1] - context
-            if end > first:
-                yield self.posterior(held).mean[:, first:end]
-                held = held[:, max(0, end - context) :]
-                first = min(end, context)
-        if held is not None and held.shape[1] > first:
-            yield self.posterior(held).mean[:, first:]
+            if (ready := means.push(piece)) is not None:
+                yield ready
+        if (ready := means.finish()) is not None:
+            yield ready
