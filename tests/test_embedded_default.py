@@ -12,6 +12,7 @@ from safetensors import safe_open
 from dasheng_tokenizer import AudioTokens, DashengTokenizerModel, load_audio
 from dasheng_tokenizer.checkpoints import embedded_default
 from dasheng_tokenizer.evaluation.metrics import mel_distance, stoi
+from dasheng_tokenizer.training import train
 
 CLIPS = embedded_default().parent / "clips"
 
@@ -101,3 +102,23 @@ def test_half_precision(dtype: torch.dtype, model: DashengTokenizerModel, clips:
     expected, found = model(clip), half(clip)
     assert (found.unified.float() - expected.unified).norm() / expected.unified.norm() < 0.05
     assert mel_distance(expected.audio[0].numpy(), found.audio[0].numpy()) < 0.1
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_recipe_for_fine_tuning_trains_its_decoder_and_leaves_the_latents(
+    tmp_path: Path, model: DashengTokenizerModel, clips: dict[str, torch.Tensor]
+) -> None:
+    recipe = Path(__file__).resolve().parents[1] / "recipes" / "finetune.yaml"
+    overrides = [
+        f"init={embedded_default()}", f"output={tmp_path / 'run'}", f"data.train=[{CLIPS}]", f"data.valid=[{CLIPS}]",
+        f"data.cache={tmp_path / 'cache'}", "data.batch_size=2", "steps=3", "optimizer.warmup_steps=1",
+        "accelerator=cpu",
+    ]  # fmt: skip
+    train(recipe, overrides)
+    tuned = DashengTokenizerModel.from_pretrained(tmp_path / "run" / "model").eval()
+    speech = clips["speech"][None, :20_000]
+    with torch.inference_mode():
+        torch.testing.assert_close(tuned.encode(speech), model.encode(speech), rtol=0, atol=1e-3)
+        latents = model.encode(speech)
+        assert (tuned.decode(latents) - model.decode(latents)).abs().max() > 1e-3
+    assert tuned.weights_hash() != model.weights_hash()
