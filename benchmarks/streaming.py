@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from dasheng_tokenizer import DashengTokenizerModel
+from dasheng_tokenizer.errors import AudioError
 from dasheng_tokenizer.evaluation import metrics
 from dasheng_tokenizer.streaming import streaming_latency
 from dasheng_tokenizer.training.clips import read_clips
@@ -46,12 +47,23 @@ def stream(model: DashengTokenizerModel, audio: Samples) -> tuple[Samples, list[
 
 
 def clips_of_each_domain(data: list[str], count: int) -> dict[str, list[Samples]]:
-    """The first `count` clips of a second or more of every domain; PESQ and STOI need as much."""
+    """The first `count` clips of a second or more of every domain, with enough sound in speech for the metrics."""
     found: dict[str, list[Samples]] = defaultdict(list)
     for clip in read_clips(data):
         if len(found[clip.domain]) < count and len(clip.audio) >= 16_000:
-            found[clip.domain].append(clip.audio)
+            if clip.domain != "speech" or enough_sound(clip.audio):
+                found[clip.domain].append(clip.audio)
     return dict(sorted(found.items()))
+
+
+def enough_sound(audio: Samples) -> bool:
+    """Whether PESQ and STOI, which leave out silence, have something left to measure."""
+    try:
+        metrics.pesq_wb(audio, audio)
+        metrics.stoi(audio, audio)
+    except AudioError:
+        return False
+    return True
 
 
 def main() -> None:

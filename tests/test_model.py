@@ -154,22 +154,26 @@ def test_gradients_reach_the_acoustic_layer_but_not_the_frozen_encoder() -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["dasheng", "whisper"])
 @torch.no_grad()
-def test_half_precision_keeps_spectra_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
-    reference = MODELS["dasheng"]
+def test_half_precision_keeps_spectra_and_sums_in_float32(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    reference = MODELS[kind]
     reference.save_pretrained(tmp_path)
     audio = noise(2, 20_000)
     expected = reference.encode(audio)
-    cast = tiny().to(dtype)
+    cast = tiny(kind).to(dtype)
     loaded = DashengTokenizerModel.from_pretrained(tmp_path, dtype=dtype).eval()
     for model in (cast, loaded):
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            spectral = any(part in name for part in ("spectrogram", "mel_scale", "init_bn", "head."))
+            spectral = any(
+                part in name for part in ("spectrogram", "mel_scale", "init_bn", "patch_embed", "norm", "head.")
+            )
             if tensor.is_floating_point():
                 assert tensor.dtype == (torch.float32 if spectral else dtype), name
+        assert model.dtype == dtype
         encoded = model.encode(audio)
         assert encoded.dtype == dtype
-        assert (encoded.float() - expected).norm() / expected.norm() < 0.02
+        assert (encoded.float() - expected).norm() / expected.norm() < 0.01
         assert model.decode(encoded).dtype == torch.float32
 
 
@@ -199,6 +203,8 @@ def test_a_bad_sample_is_refused_with_its_place(value: float) -> None:
     [torch.zeros(16_000), torch.zeros(1, 0), torch.zeros(0, 100), torch.zeros(1, 1, 9), torch.zeros(1, 9).int()],
 )
 def test_audio_of_wrong_shape_or_type(audio: torch.Tensor) -> None:
+    with pytest.raises(AudioError, match="ndarray.*torch.from_numpy.*compress"):
+        MODELS["dasheng"].encode(audio.numpy())
     with pytest.raises(AudioError):
         MODELS["dasheng"].encode(audio)
 

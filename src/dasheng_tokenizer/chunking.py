@@ -113,8 +113,8 @@ def encode_blocks(
     level = clip_level(model, blocks())
     for audio, size in context_blocks(blocks(), model.semantic_encoder.window_tokens):
         tokens = torch.full((len(audio),), size, device=model.device)
-        semantic, acoustic, _ = model._encode_context(audio.to(model.device), tokens, level)
-        yield {"unified": semantic + acoustic, "semantic": semantic, "acoustic": acoustic}[part].cpu()
+        unified, semantic, acoustic = model._encode_context(audio.to(model.device), tokens, level)
+        yield {"unified": unified, "semantic": semantic, "acoustic": acoustic}[part].cpu()
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dasheng_tokenizer.configuration import DashengTokenizerConfig
-from dasheng_tokenizer.spectral import Float32Module, InverseSTFT
+from dasheng_tokenizer.spectral import Float32LayerNorm, Float32Module, InverseSTFT
 
 MAX_MAGNITUDE = 100.0
 """Magnitudes above this are clipped, as in Vocos: a guard against exp() running away early in training."""
@@ -24,15 +24,16 @@ class ConvNeXtBlock(nn.Module):
     def __init__(self, width: int, intermediate_size: int, gamma: float) -> None:
         super().__init__()
         self.dwconv = nn.Conv1d(width, width, kernel_size=7, padding=3, groups=width)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = Float32LayerNorm(width, eps=1e-6)
         self.pwconv1 = nn.Linear(width, intermediate_size)
         self.pwconv2 = nn.Linear(intermediate_size, width)
         self.gamma = nn.Parameter(torch.full((width,), gamma))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, width) → (B, T, width)."""
-        h = self.dwconv(x.transpose(1, 2)).transpose(1, 2)  # (B, T, width)
-        h = self.pwconv2(F.gelu(self.pwconv1(self.norm(h))))  # (B, T, width)
+        """(B, T, width) → (B, T, width) float32, at float32 in."""
+        dtype = self.pwconv1.weight.dtype
+        h = self.dwconv(x.to(dtype).transpose(1, 2)).transpose(1, 2)  # (B, T, width)
+        h = self.pwconv2(F.gelu(self.pwconv1(self.norm(h).to(dtype))))  # (B, T, width)
         return x + self.gamma * h
 
 
@@ -43,15 +44,15 @@ class VocosBackbone(nn.Module):
         super().__init__()
         width, depth = config.decoder_embed_dim, config.decoder_depth
         self.embed = nn.Conv1d(config.embed_dim, width, kernel_size=7, padding=3)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = Float32LayerNorm(width, eps=1e-6)
         # 1/depth keeps the sum of all residual branches at the scale of one, as in Vocos.
         self.convnext = nn.ModuleList(
             ConvNeXtBlock(width, config.decoder_intermediate_size, gamma=1.0 / depth) for _ in range(depth)
         )
-        self.final_layer_norm = nn.LayerNorm(width, eps=1e-6)
+        self.final_layer_norm = Float32LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) → (B, T, width)."""
+        """(B, T, D) → (B, T, width) float32."""
         h = self.norm(self.embed(x.transpose(1, 2)).transpose(1, 2))  # (B, T, width)
         for block in self.convnext:
             h = block(h)  # (B, T, width)

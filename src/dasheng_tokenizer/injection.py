@@ -13,7 +13,7 @@ from dasheng_tokenizer.semantic_encoder import (
     build_semantic_encoder,
     linear_patches,
 )
-from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, MelSpectrogram
+from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, Float32Conv2d, Float32LayerNorm, MelSpectrogram
 
 Part = Literal["unified", "semantic", "acoustic"]
 """The sum of both branches, which the decoder takes, or one of them."""
@@ -41,11 +41,11 @@ class InjectionEncoder(nn.Module):
         self.semantic_norm = FeatureNorm(config.embed_dim) if config.normalize_semantic else nn.Identity()
         self.front_end = AcousticFrontEnd(config.n_mels_patch)
         patch = (config.n_mels_patch, FRAMES_PER_TOKEN)
-        self.patch_embed = nn.Conv2d(1, config.embed_dim, kernel_size=patch, stride=patch)
-        self.norm = nn.LayerNorm(config.embed_dim, eps=1e-5)
+        self.patch_embed = Float32Conv2d(1, config.embed_dim, kernel_size=patch, stride=patch)
+        self.norm = Float32LayerNorm(config.embed_dim, eps=1e-5)
 
     def acoustic(self, context_audio: Tensor) -> Tensor:
-        """(B, CONTEXT + 640·T + CONTEXT) → (B, T, D)."""
+        """(B, CONTEXT + 640·T + CONTEXT) → (B, T, D) float32."""
         length = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN
         log_mel = self.front_end(context_audio, FRAMES_PER_TOKEN * length)  # (B, n_mels, 4T)
         return self.norm(linear_patches(log_mel, self.patch_embed.weight, self.patch_embed.bias))  # (B, T, D)

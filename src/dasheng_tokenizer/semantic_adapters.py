@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dasheng_tokenizer.errors import ConfigurationError
 from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN, SemanticEncoder, attention_mask, token_mask
-from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, MelSpectrogram
+from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, Float32LayerNorm, MelSpectrogram
 
 TOKENS_PER_SECOND = 25
 FRAMES_AVERAGED = 2
@@ -59,6 +59,10 @@ class WhisperSemanticEncoder(SemanticEncoder):
         # Slaney mel scale and norm, 400-point window: the published WhisperFeatureExtractor.
         self.front_end = MelSpectrogram(400, config.num_mel_bins, power=2.0, mel_scale="slaney", norm="slaney")
         self.encoder = WhisperEncoder(config)
+        for layer in self.encoder.layers:
+            layer.self_attn_layer_norm = Float32LayerNorm(config.d_model)
+            layer.final_layer_norm = Float32LayerNorm(config.d_model)
+        self.encoder.layer_norm = Float32LayerNorm(config.d_model)
 
     def log_mel(self, context_audio: Tensor, num_tokens: Tensor) -> Tensor:
         """Whisper's input features, 8 decades below the loudest of each clip: (B, bands, 4·N); zero past the end."""
@@ -83,13 +87,21 @@ class WhisperSemanticEncoder(SemanticEncoder):
         # Zeros between the convolutions: a padded clip then sees what it sees at the end of its own tensor.
         h = F.gelu(net.conv1(mel)).masked_fill(~mel_frames[:, None], 0.0)  # (B, D, 4N)
         h = F.gelu(net.conv2(h)).transpose(1, 2)  # (B, 2N, D)
-        h = h + net.embed_positions.weight[: h.shape[1]]  # (B, 2N, D)
+        h = h.float() + net.embed_positions.weight[: h.shape[1]]  # (B, 2N, D)
         mask = attention_mask(token_mask(FRAMES_AVERAGED * num_tokens, h.shape[1]))
         if mask is not None:
             mask = mask.expand(-1, 1, h.shape[1], -1)  # the attention of transformers wants (B, 1, 2N, 2N)
         for layer in net.layers:
-            h = layer(h, mask)  # (B, 2N, D)
+            h = _whisper_layer(layer, h, mask)  # (B, 2N, D)
         return average_frames(net.layer_norm(h))  # (B, N, D)
+
+
+def _whisper_layer(layer: Any, h: Tensor, mask: Tensor | None) -> Tensor:
+    """A layer of transformers' encoder with the sum of its branches in float32: (B, 2N, D) → (B, 2N, D) float32."""
+    dtype = layer.fc1.weight.dtype
+    h = h + layer.self_attn(layer.self_attn_layer_norm(h).to(dtype), attention_mask=mask)[0]  # (B, 2N, D)
+    inner = layer.activation_fn(layer.fc1(layer.final_layer_norm(h).to(dtype)))  # (B, 2N, 4D)
+    return h + layer.fc2(inner)  # (B, 2N, D)
 
 
 class WaveSemanticEncoder(SemanticEncoder):

@@ -17,6 +17,8 @@ from dasheng_tokenizer.spectral import (
     SAMPLES_PER_TOKEN,
     SAMPLING_RATE,
     Float32BatchNorm1d,
+    Float32Conv2d,
+    Float32LayerNorm,
     Float32Module,
     MelSpectrogram,
 )
@@ -122,7 +124,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, N, dim) → (B, N, dim); `mask` (B, 1, 1, N) is true for keys that may be seen."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, head_dim)
+        qkv = self.qkv(x.to(self.qkv.weight.dtype)).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, head_dim) each
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, head_dim)
         return self.proj(h.transpose(1, 2).flatten(2))  # (B, N, dim)
@@ -138,7 +140,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, dim) → (B, N, dim)."""
-        return self.fc2(F.gelu(self.fc1(x)))  # (B, N, dim)
+        return self.fc2(F.gelu(self.fc1(x.to(self.fc1.weight.dtype))))  # (B, N, dim)
 
 
 class TransformerBlock(nn.Module):
@@ -146,23 +148,24 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = Float32LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = Float32LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, N, dim) → (B, N, dim)."""
+        """(B, N, dim) → (B, N, dim) float32."""
         x = x + self.attn(self.norm1(x), mask)  # (B, N, dim)
         return x + self.mlp(self.norm2(x))  # (B, N, dim)
 
 
 class PatchEmbed(nn.Module):
-    """One linear layer on patches of `bands` x 4 frames, stored as the convolution it equals."""
+    """One linear layer on patches of `bands` x 4 frames, stored as the convolution it equals, in float32."""
 
     def __init__(self, bands: int, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(1, dim, kernel_size=(bands, FRAMES_PER_TOKEN), stride=(bands, FRAMES_PER_TOKEN))
+        patch = (bands, FRAMES_PER_TOKEN)
+        self.proj = Float32Conv2d(1, dim, kernel_size=patch, stride=patch)
 
     def forward(self, spectrogram: Tensor) -> Tensor:
         """(B, bands, 4·N) → (B, N, dim)."""
@@ -170,9 +173,13 @@ class PatchEmbed(nn.Module):
 
 
 def linear_patches(spectrogram: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The patch convolution as the matrix product it is: (B, bands, 4·N) with weight (D, 1, bands, 4) → (B, N, D)."""
+    """The patch convolution as the matrix product it is, in float32.
+
+    (B, bands, 4·N) with weight (D, 1, bands, 4) → (B, N, D).
+    """
     patches = spectrogram.unflatten(-1, (-1, FRAMES_PER_TOKEN)).transpose(1, 2).flatten(2)  # (B, N, bands·4)
-    return F.linear(patches.to(weight.dtype), weight.flatten(1), bias)  # (B, N, D)
+    with torch.autocast(patches.device.type, enabled=False):
+        return F.linear(patches, weight.flatten(1), bias)  # (B, N, D)
 
 
 class DashengEncoder(SemanticEncoder):
@@ -196,7 +203,7 @@ class DashengEncoder(SemanticEncoder):
         self.patch_embed = PatchEmbed(bands, dim)
         self.init_bn = nn.ModuleList([nn.Identity(), Float32BatchNorm1d(bands)])
         self.blocks = nn.ModuleList(TransformerBlock(dim, config.num_heads) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = Float32LayerNorm(dim, eps=1e-6)
 
     def level(self, context_audio: Tensor, num_frames: Tensor) -> Tensor:
         """Loudest mel power of each clip's `num_frames` (B,) frames: (B,) float32."""

@@ -132,8 +132,7 @@ class EncoderStream:
             assert isinstance(self.model.encoder, VAEEncoder)
             return self._means.push(self.model.encoder.patches(audio))
         tokens = torch.full((self.num_channels,), size, device=audio.device)
-        semantic, acoustic, _ = self.model._encode_context(audio, tokens, self._level)
-        return semantic + acoustic  # (channels, N, D)
+        return self.model._encode_context(audio, tokens, self._level)[0]  # (channels, N, D)
 
     def _join(self, parts: Iterable[Tensor | None]) -> Tensor:
         none = torch.zeros(self.num_channels, 0, self.model.latent_dim, dtype=self.model.dtype)

@@ -73,7 +73,10 @@ class DashengTokenizerModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["TransformerBlock", "ConvNeXtBlock"]
     # Modules that also protect themselves against `.half()`; this list protects them in from_pretrained(dtype=…).
-    _keep_in_fp32_modules_strict = ["spectrogram", "mel_scale", "init_bn", "semantic_norm", "head"]
+    _keep_in_fp32_modules_strict = [
+        *("spectrogram", "mel_scale", "init_bn", "patch_embed", "semantic_norm"),
+        *("norm", "norm1", "norm2", "layer_norm", "self_attn_layer_norm", "final_layer_norm", "head"),
+    ]
 
     sampling_rate = SAMPLING_RATE
     hop_length = SAMPLES_PER_TOKEN
@@ -230,6 +233,11 @@ class DashengTokenizerModel(PreTrainedModel):
     # ------------------------------------------------------------------ public: training and bookkeeping
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the matrix products and of the latents; spectra, norms and the head stay in float32."""
+        return self.upsampler.weight.dtype
+
+    @property
     def latent_dim(self) -> int:
         """Width D of a token."""
         return self.config.vae_dim if self.config.is_vae else self.config.embed_dim
@@ -313,29 +321,29 @@ class DashengTokenizerModel(PreTrainedModel):
         """Latent (B, T, D), its semantic and acoustic parts (None in a VAE), zero past each end; token counts (B,)."""
         samples = _check_audio(audio, padding_mask)  # (B,)
         if self.config.length_mode == "published":
-            semantic, acoustic, tokens = self._encode_published(audio, samples)
-            return semantic + acoustic, semantic, acoustic, tokens
+            return self._encode_published(audio, samples)
         if padding_mask is not None:
             audio = audio.masked_fill(~padding_mask.bool(), 0.0)
         tokens = self.num_tokens(samples)  # (B,)
         context_audio = with_context(audio.float(), self.num_tokens(audio.shape[-1]))
         if isinstance(self.encoder, VAEEncoder):
             return self.encoder(context_audio, tokens).mean, None, None, tokens
-        semantic, acoustic, tokens = self._encode_context(context_audio, tokens)
-        return semantic + acoustic, semantic, acoustic, tokens
+        return *self._encode_context(context_audio, tokens), tokens
 
     def _encode_context(
         self, context_audio: Tensor, tokens: Tensor, level: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Semantic and acoustic embeddings (B, T, D), zero past each clip's end, and token counts (B,)."""
+        """Unified, semantic and acoustic embeddings, each (B, T, D), zero past each clip's end."""
         encoder = self.injection
         with torch.no_grad():
             semantic = encoder.semantic_norm(encoder.model(context_audio, tokens, level))  # (B, T, D)
         acoustic = encoder.acoustic(context_audio)  # (B, T, D)
         hidden = ~token_mask(tokens, acoustic.shape[1])[..., None]  # (B, T, 1)
-        return semantic.masked_fill(hidden, 0.0), acoustic.masked_fill(hidden, 0.0), tokens
+        semantic, acoustic = semantic.masked_fill(hidden, 0.0), acoustic.masked_fill(hidden, 0.0)
+        # Summed before they are rounded to the model's type.
+        return (semantic + acoustic).to(self.dtype), semantic.to(self.dtype), acoustic.to(self.dtype)
 
-    def _encode_published(self, audio: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _encode_published(self, audio: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The published count of tokens and mirrored right end; each clip on its own, which mends its mask faults."""
         shortest = int(samples.min())
         if shortest <= CONTEXT:
@@ -352,13 +360,14 @@ class DashengTokenizerModel(PreTrainedModel):
             level = self.semantic_encoder.level(context, frames)
             context = context[:, : int(tokens) * SAMPLES_PER_TOKEN + 2 * CONTEXT]
             parts.append(self._encode_context(context, tokens, level))
-        semantic, acoustic = (
-            nn.utils.rnn.pad_sequence([part[branch][0] for part in parts], batch_first=True) for branch in (0, 1)
+        unified, semantic, acoustic = (
+            nn.utils.rnn.pad_sequence([clip[0] for clip in branch], batch_first=True)
+            for branch in zip(*parts, strict=True)
         )
-        return semantic, acoustic, torch.cat([part[2] for part in parts])
+        return unified, semantic, acoustic, self.num_tokens(samples)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        x = self.latent_projection(latents.to(self.upsampler.weight.dtype)).transpose(1, 2)  # (B, width, T)
+        x = self.latent_projection(latents.to(self.dtype)).transpose(1, 2)  # (B, width, T)
         return self.decoder(self.upsampler(x).transpose(1, 2))  # (B, 640·T)
 
     def _decode_masked(self, latents: Tensor, tokens: Tensor) -> Tensor:
@@ -387,6 +396,11 @@ class DashengTokenizerModel(PreTrainedModel):
 
 def _check_audio(audio: Tensor, padding_mask: Tensor | None) -> Tensor:
     """Checks a batch and its mask; returns the number of real samples of each clip, (B,)."""
+    if not isinstance(audio, Tensor):
+        raise AudioError(
+            f"audio is a {type(audio).__name__}; expected a tensor (batch, samples) at 16 kHz: use "
+            "torch.from_numpy(array), or model.compress, which takes arrays of any rate and channels"
+        )
     if audio.ndim != 2 or audio.shape[0] == 0 or audio.shape[1] == 0:
         raise AudioError(
             f"audio has shape {tuple(audio.shape)}; expected (batch, samples) with at least one sample. For one clip "

@@ -19,7 +19,7 @@ from dasheng_tokenizer.decoder import ConvNeXtBlock
 from dasheng_tokenizer.finite_context import FiniteContext
 from dasheng_tokenizer.injection import AcousticFrontEnd
 from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN, linear_patches, token_mask
-from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN
+from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, Float32Conv2d, Float32LayerNorm
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 """Outside it exp() helps nobody: the limits of latent diffusion's posterior (arXiv 2112.10752, its published code)."""
@@ -67,13 +67,13 @@ class VAEEncoder(nn.Module):
         width, depth = config.embed_dim, config.vae_depth
         self.front_end = AcousticFrontEnd(config.n_mels_patch)
         patch = (config.n_mels_patch, FRAMES_PER_TOKEN)
-        self.patch_embed = nn.Conv2d(1, width, kernel_size=patch, stride=patch)
-        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.patch_embed = Float32Conv2d(1, width, kernel_size=patch, stride=patch)
+        self.norm = Float32LayerNorm(width, eps=1e-5)
         # Size and scale of the blocks as in the decoder.
         self.convnext = nn.ModuleList(
             ConvNeXtBlock(width, config.decoder_intermediate_size, gamma=1.0 / depth) for _ in range(depth)
         )
-        self.final_layer_norm = nn.LayerNorm(width, eps=1e-6)
+        self.final_layer_norm = Float32LayerNorm(width, eps=1e-6)
         self.moments = nn.Linear(width, 2 * config.vae_dim)
 
     @property
@@ -96,7 +96,9 @@ class VAEEncoder(nn.Module):
         for block in self.convnext:
             # Zero, as the convolution's own padding is: a clip's end looks like the end of a tensor.
             h = block(h if hidden is None else h.masked_fill(hidden, 0.0))  # (B, T, width)
-        mean, log_variance = self.moments(self.final_layer_norm(h)).chunk(2, dim=-1)  # (B, T, C) each
+        mean, log_variance = self.moments(self.final_layer_norm(h).to(self.moments.weight.dtype)).chunk(
+            2, dim=-1
+        )  # (B, T, C) each
         return Posterior(mean, log_variance.clamp(*LOG_VARIANCE_RANGE))
 
     def forward(self, context_audio: Tensor, num_tokens: Tensor | None = None) -> Posterior:
