@@ -40,7 +40,9 @@ def load_packages(path: Path) -> dict[str, Package]:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
         return {name: Package(name=name, **fields) for name, fields in entries.items()}
     except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no list of packages ({error}); make one with recipes/data/list_packages.py") from error
+        raise DataError(
+            f"{path} is no list of packages ({error}); make one with recipes/data/list_packages.py"
+        ) from error
 
 
 def checksum(path: Path) -> str:

@@ -60,11 +60,13 @@ class Builder:
             make_folder(partial)
             with (partial / "rows.jsonl").open("w", encoding="utf-8") as file:
                 for number, (row, audio) in enumerate(self._audio(name, listed, rules, corpus)):
-                    suffix, data = encoded(audio, row["split"])
-                    (partial / f"{number:06d}.{suffix}").write_bytes(data)
-                    exact, curve = fingerprints(audio)
-                    made = {"format": suffix, "file": f"{number:06d}.{suffix}", "exact": exact, "curve": curve}
-                    file.write(json.dumps(row | made, ensure_ascii=False) + "\n")
+                    for version, (copy, changed) in enumerate([(row, audio), *self._at_speeds(row, audio)]):
+                        stem = partial / f"{number:06d}-{version}"
+                        suffix, data = encoded(changed, copy["split"])
+                        stem.with_suffix(f".{suffix}").write_bytes(data)
+                        exact, curve = fingerprints(changed)
+                        made = {"format": suffix, "file": f"{stem.name}.{suffix}", "exact": exact, "curve": curve}
+                        file.write(json.dumps(copy | made, ensure_ascii=False) + "\n")
             partial.rename(target)
         rows = [json.loads(line) for line in (target / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
         return [row | {"file": str(target / row["file"])} for row in rows]
@@ -78,13 +80,15 @@ class Builder:
             font = self.folder(SOUND_FONT_PACKAGE) if rendered else None
             for row, audio in listed_clips(listed, folder, font):
                 yield row | {"part": "corpus"}, audio
-                yield from self._at_speeds(row, audio)
-        taken = {(row["source_path"], round(row.get("start_s", 0))) for row in corpus if row["source_package"] == name}
+        taken = {
+            (row["source_path"], row.get("first_sample", 0) // SAMPLING_RATE)
+            for row in corpus
+            if row["source_package"] == name
+        }
         known = {row["group"]: row["split"] for row in corpus}
         for rule in rules:
             for row, audio in ruled_clips(rule, folder, taken, known):
                 yield row | {"part": "wide"}, audio
-                yield from self._at_speeds(row, audio)
 
     def _at_speeds(self, row: Row, audio: Samples) -> Iterator[tuple[Row, Samples]]:
         """Copies of a training clip played faster (above 1) or slower, pitch and all; notes have labels of pitch."""
@@ -113,11 +117,9 @@ def build(builder: Builder, output: Path, listed: list[Row], rules: list[Row]) -
         rows += builder.clips(name, by_package[name], [rule for rule in rules if rule["package"] == name], listed)
     parts = {part: [row for row in rows if row["part"] == part] for part in ("corpus", "wide", "augmented")}
     wide, copies = without_copies(parts["corpus"], parts["wide"])
-    kept = {row["exact"] for row in wide}
-    everything = [
-        *parts["corpus"], *numbered(wide, "wide-"), *numbered(parts["augmented"], "augmented-")
-    ]  # fmt: skip
-    write_shards(everything, output)
+    originals = {_original(row) for row in [*parts["corpus"], *wide]}
+    augmented = [row for row in parts["augmented"] if _original(row) in originals]
+    write_shards([*parts["corpus"], *numbered(wide, "wide-"), *numbered(augmented, "augmented-")], output)
     with atomic_path(output / "LICENCES.txt") as temporary:
         temporary.write_text(licence_text(builder.folder(name) for name in names), encoding="utf-8")
     statistics = measure(output) | {"copies_left_out": copies}
@@ -126,22 +128,30 @@ def build(builder: Builder, output: Path, listed: list[Row], rules: list[Row]) -
     return statistics
 
 
+def _original(row: Row) -> str:
+    """What a clip and its copies at other speeds have in common: the name of their file up to the version."""
+    return str(row["file"]).rpartition("-")[0]
+
+
 def main() -> None:
     """Build or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--work", type=Path, help="folder of downloads and single clips (default: OUTPUT/work)")
-    parser.add_argument("--mirror", default=MIRROR, help="URL of a mirror or snapshot, or a folder (default: %(default)s)")
+    parser.add_argument(
+        "--mirror", default=MIRROR, help="URL of a mirror or snapshot, or a folder (default: %(default)s)"
+    )
     parser.add_argument("--packages", type=Path, default=HERE / "packages.yaml", help="list of packages")
     parser.add_argument("--clips", type=Path, default=HERE / "corpus.jsonl.xz", help="list of the corpus' clips")
     parser.add_argument("--rules", type=Path, default=HERE / "wide.yaml", help="rules of the wider corpus")
     parser.add_argument("--wide", action="store_true", help="add the clips that the rules give")
     parser.add_argument("--speeds", type=float, nargs="+", default=[], help="add training clips played at these speeds")
     parser.add_argument("--compare", type=Path, help="build nothing; compare OUTPUT with this corpus")
+    parser.add_argument("--report", type=Path, help="with --compare, where the figures of both are written")
     arguments = parser.parse_args()
     try:
         if arguments.compare:
-            sys.exit(compare(arguments.output, arguments.compare))
+            sys.exit(compare(arguments.output, arguments.compare, arguments.report))
         work = arguments.work or arguments.output / "work"
         builder = Builder(work, arguments.mirror, load_packages(arguments.packages), arguments.speeds)
         rules = load_rules(arguments.rules) if arguments.wide else []

@@ -57,7 +57,8 @@ def measure(folder: Path) -> dict[str, Any]:
     return {
         "clips": len(rows),
         "hours": {
-            part: {name: round(value, 4) for name, value in sorted(domains.items())} for part, domains in hours_of.items()
+            part: {name: round(value, 4) for name, value in sorted(domains.items())}
+            for part, domains in hours_of.items()
         },
         "groups": [
             dict(zip(("part", "domain", "subset", "split"), key, strict=True))

@@ -56,7 +56,9 @@ class SoundFontPlayer:
             self._synth.program_select(channel, self._font, bank, 0)
         blocks, done = [], 0
         for event in sorted(events):
-            due = min(round(event.second * RATE), round(seconds * RATE))
+            due = round(event.second * RATE)
+            if due > round(seconds * RATE):
+                break
             if due > done:
                 blocks.append(self._synth.get_samples(due - done))
                 done = due

@@ -1,6 +1,6 @@
 """The entries of packages.yaml for named packages, from the package lists that apt has.
 
-    python recipes/data/list_packages.py NAME … >> recipes/data/packages.yaml
+python recipes/data/list_packages.py NAME … >> recipes/data/packages.yaml
 """
 
 from __future__ import annotations

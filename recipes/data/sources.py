@@ -21,6 +21,7 @@ Row = dict[str, Any]
 
 MIN_SECONDS, PADDED_SECONDS, SHORTEST_PADDED = 0.3, 0.35, 0.06
 QUIETEST_DBFS = -54.0
+SHORTEST_MUSIC = 3.0
 WINDOW_SECONDS = 20.0
 EVENT_SECONDS = 10.0
 SPLITS = (("test", 0.1), ("valid", 0.05))
@@ -103,7 +104,9 @@ def split_of(rule: Row, group: str, known: dict[str, str]) -> str:
     return "train"
 
 
-def ruled_clips(rule: Row, folder: Path, taken: set[tuple[str, int]], known: dict[str, str]) -> Iterator[tuple[Row, Samples]]:
+def ruled_clips(
+    rule: Row, folder: Path, taken: set[tuple[str, int]], known: dict[str, str]
+) -> Iterator[tuple[Row, Samples]]:
     """Clips of the files that a rule names.
 
     Args:
@@ -149,29 +152,27 @@ def _ruled_row(
 
 
 def cut(rule: Row, audio: Samples, taken: set[int]) -> Iterator[tuple[float, Samples, bool]]:
-    """Pieces of a file: (second, samples, padded). Music in windows of 20 s, long speech in equal parts, sounds once."""
-    first, last = trim_silence(audio)
-    seconds = (last - first) / SAMPLING_RATE
-    if rule["domain"] == "sound":
-        bounds = [(first, min(last, first + round(EVENT_SECONDS * SAMPLING_RATE)))]
-    else:
-        parts = max(1, int(np.ceil(seconds / WINDOW_SECONDS)))
-        if rule["domain"] == "music":
-            parts = min(parts, rule.get("windows", parts))
-            edges = [first + round(index * WINDOW_SECONDS * SAMPLING_RATE) for index in range(parts)]
-            bounds = [(edge, min(last, edge + round(WINDOW_SECONDS * SAMPLING_RATE))) for edge in edges]
-        else:
-            edges = np.linspace(first, last, parts + 1).round().astype(int).tolist()
-            bounds = list(zip(edges[:-1], edges[1:], strict=True))
-    for begin, end in bounds:
+    """Pieces of a file that are loud and long enough: (second, samples, whether silence was added)."""
+    shortest = {"sound": SHORTEST_PADDED, "music": SHORTEST_MUSIC}.get(rule["domain"], MIN_SECONDS)
+    for begin, end in _bounds(rule, *trim_silence(audio)):
         part, second = audio[begin:end], begin / SAMPLING_RATE
-        if any(abs(second - other) < WINDOW_SECONDS for other in taken):
+        if len(part) < shortest * SAMPLING_RATE or any(abs(second - other) < WINDOW_SECONDS for other in taken):
             continue
-        length, level = len(part) / SAMPLING_RATE, 10 * np.log10(max(float(np.mean(part**2)) if len(part) else 0, 1e-12))
-        short = length < MIN_SECONDS
-        if level < QUIETEST_DBFS or (short and (rule["domain"] != "sound" or length < SHORTEST_PADDED)):
+        if 10 * np.log10(max(float(np.mean(part**2)), 1e-12)) < QUIETEST_DBFS:
             continue
-        if rule["domain"] == "music" and length < rule.get("shortest", 3.0):
-            continue
+        short = len(part) < MIN_SECONDS * SAMPLING_RATE
         padding = max(0, round(PADDED_SECONDS * SAMPLING_RATE) - len(part)) if short else 0
         yield second, np.pad(part, (0, padding)), short
+
+
+def _bounds(rule: Row, first: int, last: int) -> list[tuple[int, int]]:
+    """Music in windows of 20 s, speech that is longer than that in equal parts, of a sound the first 10 s."""
+    window = round(WINDOW_SECONDS * SAMPLING_RATE)
+    parts = max(1, -(-(last - first) // window))
+    if rule["domain"] == "sound":
+        return [(first, min(last, first + round(EVENT_SECONDS * SAMPLING_RATE)))]
+    if rule["domain"] == "music":
+        edges = [first + index * window for index in range(min(parts, rule.get("windows", parts)))]
+        return [(edge, min(last, edge + window)) for edge in edges]
+    equal = np.linspace(first, last, parts + 1).round().astype(int).tolist()
+    return list(zip(equal[:-1], equal[1:], strict=True))
