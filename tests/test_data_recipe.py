@@ -215,6 +215,16 @@ def test_a_wrong_checksum_is_refused_and_nothing_is_kept(archive: Archive, tmp_p
         fetch(package, str(tmp_path / "nowhere"), tmp_path / "cache")
 
 
+def test_a_second_build_in_the_same_folder_is_refused(archive: Archive, tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "work").mkdir()
+    with (tmp_path / "work" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="--work"):
+            archive.build(tmp_path)
+
+
 def test_comparison_tells_equal_from_different(
     archive: Archive, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

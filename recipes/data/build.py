@@ -11,6 +11,7 @@ the same command goes on where it was. docs/data.md tells more.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import shutil
@@ -18,13 +19,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import soxr
 from archive import MIRROR, Package, fetch, licence_text, load_packages, unpack
 from comparison import compare
 from corpus_statistics import measure
-from decoding import SAMPLING_RATE, Samples
+from decoding import SAMPLING_RATE, Samples, within_full_scale
 from shards import encoded, fingerprints, numbered, without_copies, write_shards
 from sources import listed_clips, listed_rows, load_rules, package_of, ruled_clips
 from tqdm import tqdm
@@ -33,6 +34,7 @@ from dasheng_tokenizer.errors import DashengTokenizerError, DataError
 from dasheng_tokenizer.files import atomic_path, make_folder
 
 HERE = Path(__file__).resolve().parent
+FORM = 2  # of clips: raised with every change of the code that changes them, so that they are made again
 SOUND_FONT_PACKAGE = "fluid-soundfont-gm"
 Row = dict[str, Any]
 
@@ -52,7 +54,7 @@ class Builder:
 
     def clips(self, name: str, listed: list[Row], rules: list[Row], corpus: list[Row]) -> list[Row]:
         """Rows of all clips of a package, their audio encoded in files; read back when they were made before."""
-        asked = json.dumps([self.packages[name].sha256, listed, rules, self.speeds], sort_keys=True)
+        asked = json.dumps([FORM, self.packages[name].sha256, listed, rules, self.speeds], sort_keys=True)
         target = self.work / "clips" / f"{name}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
         if not target.is_dir():
             partial = target.with_name(f".{target.name}.partial")
@@ -62,6 +64,7 @@ class Builder:
                 for number, (row, audio) in enumerate(self._audio(name, listed, rules, corpus)):
                     for version, (copy, changed) in enumerate([(row, audio), *self._at_speeds(row, audio)]):
                         stem = partial / f"{number:06d}-{version}"
+                        changed = within_full_scale(changed)
                         suffix, data = encoded(changed, copy["split"])
                         stem.with_suffix(f".{suffix}").write_bytes(data)
                         exact, curve = fingerprints(changed)
@@ -133,6 +136,16 @@ def _original(row: Row) -> str:
     return str(row["file"]).rpartition("-")[0]
 
 
+def _only_user(work: Path) -> IO[str]:
+    """A lock on the folder that vanishes with this process, since two builds would remove each other's files."""
+    lock = (make_folder(work) / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(f"another build uses {work}; wait for it, or name another folder with --work") from error
+    return lock
+
+
 def main() -> None:
     """Build or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,9 +166,11 @@ def main() -> None:
         if arguments.compare:
             sys.exit(compare(arguments.output, arguments.compare, arguments.report))
         work = arguments.work or arguments.output / "work"
+        lock = _only_user(work)
         builder = Builder(work, arguments.mirror, load_packages(arguments.packages), arguments.speeds)
         rules = load_rules(arguments.rules) if arguments.wide else []
-        statistics = build(builder, arguments.output, listed_rows(arguments.clips), rules)
+        with lock:
+            statistics = build(builder, arguments.output, listed_rows(arguments.clips), rules)
     except DashengTokenizerError as error:
         sys.exit(f"error: {error}")
     for part, domains in statistics["hours"].items():

@@ -13,6 +13,7 @@ from dasheng_tokenizer.errors import AudioFileError
 from dasheng_tokenizer.files import require_extra
 
 SAMPLING_RATE = 16_000
+PEAK = 0.999
 Samples = npt.NDArray[np.float32]
 
 
@@ -54,6 +55,11 @@ def _ffmpeg(path: Path) -> tuple[Samples, int]:
             return np.concatenate(blocks, axis=1), stream.codec_context.sample_rate
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise AudioFileError(f"{path} cannot be decoded: {error}") from error
+
+
+def within_full_scale(audio: Samples) -> Samples:
+    """A clip that lossy codecs or resampling brought above full scale, made just so much softer; others as they are."""
+    return audio * np.float32(min(1.0, PEAK / max(float(np.abs(audio).max(initial=0.0)), 1e-9)))
 
 
 def trim_silence(audio: Samples, threshold: float = 10 ** (-60 / 20), margin: float = 0.02) -> tuple[int, int]:

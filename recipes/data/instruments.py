@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dasheng_tokenizer.files import require_extra
 
 RATE = 44_100
 GAIN = 0.9  # with it, levels are those of the shipped notes
+VELOCITY = 85  # brings generated pieces to the level of the shipped ones
 SOUND_FONT = "usr/share/sounds/sf2/FluidR3_GM.sf2"
 DRUM_CHANNEL = 9
 
@@ -84,20 +85,24 @@ class SoundFontPlayer:
         """A list of [onset_s, offset_s, pitch].
 
         The list does not tell which program plays a note, nor how loud. Of two programs the second, a bass or an
-        accompaniment, takes the lower half of the notes; the velocity is 90.
+        accompaniment, takes the lower half of the notes; their velocity is `VELOCITY`.
         """
         middle = float(np.median([note[2] for note in notes])) if len(programs) > 1 else float("inf")
         events = [Event(0.0, 0, "program_change", (channel, program)) for channel, program in enumerate(programs[:2])]
         for onset, offset, pitch in notes:
             channel = int(len(programs) > 1 and pitch < middle)
-            events.append(Event(onset, 2, "noteon", (channel, int(pitch), 90)))
+            events.append(Event(onset, 2, "noteon", (channel, int(pitch), VELOCITY)))
             events.append(Event(offset, 1, "noteoff", (channel, int(pitch))))
         return self.render(events, seconds)
 
     def piece(self, midi: Path, start: float, seconds: float) -> Samples:
-        """A window of a MIDI file without its drum channel; notes that began earlier sound on."""
-        audio = self.render(midi_events(midi), start + seconds)
-        return audio[round(start * SAMPLING_RATE) :][: round(seconds * SAMPLING_RATE)]
+        """A window of a MIDI file without its drum channel: the notes that begin in it, with the programs of then."""
+        events = []
+        for event in midi_events(midi):
+            second = event.second - start
+            if event.kind == "program_change" or second >= -1e-3:
+                events.append(replace(event, second=max(0.0, second)))
+        return self.render(events, seconds)
 
 
 def midi_events(path: Path) -> list[Event]:
