@@ -38,6 +38,7 @@ DRIVES = (0, 6, 12, 20)
 SNRS = (40, 30, 20, 10, 0)
 RATES = (8000, 11_025, 16_000, 22_050, 24_000, 44_100, 48_000)
 SHORTEST, LONGEST = 1.0, 4.0  # seconds
+NONE = "–"
 DOMAINS = ("speech", "music", "sound", "instrument")
 
 
@@ -75,8 +76,8 @@ def figures(pairs: Iterable[tuple[str, Samples, Samples]]) -> dict[str, list[flo
 
 
 def means(values: dict[str, list[float]], columns: Iterable[str]) -> list[str | float | int]:
-    """Means in the order of columns, – where there is none."""
-    return [f"{np.mean(values[name]):.3f}" if values.get(name) else "–" for name in columns]
+    """Means in the order of columns."""
+    return [f"{np.mean(values[name]):.3f}" if values.get(name) else NONE for name in columns]
 
 
 def some_clips(data: list[str], count: int) -> list[tuple[str, Samples]]:
@@ -163,7 +164,8 @@ def draw(path: Path, rows: dict[str, list[list[str | float | int]]], columns: li
             if title == "STOI":
                 continue
             axis = axes[int(title == "PESQ-WB"), column]
-            axis.plot(places, [float(row[index]) for row in rows[name]], marker="o", label=title.removeprefix("mel "))
+            heights = [float("nan") if row[index] == NONE else float(row[index]) for row in rows[name]]
+            axis.plot(places, heights, marker="o", label=title.removeprefix("mel "))
         axes[1, column].set_xlabel(label)
     axes[0, 0].set_ylabel("7-scale mel distance")
     axes[1, 0].set_ylabel("PESQ-WB of speech")
