@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dasheng_tokenizer.ahead import ahead
 from dasheng_tokenizer.audio import (
     Array,
     AudioReader,
@@ -31,6 +32,7 @@ from dasheng_tokenizer.audio import (
 from dasheng_tokenizer.errors import ConfigurationError, ModelMismatchError
 from dasheng_tokenizer.finite_context import ContextBlocks
 from dasheng_tokenizer.injection import Part
+from dasheng_tokenizer.input_checks import check_latents
 from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN
 from dasheng_tokenizer.spectral import SAMPLES_PER_TOKEN, SAMPLING_RATE
 from dasheng_tokenizer.token_file import AudioTokens
@@ -111,7 +113,9 @@ def encode_blocks(
         yield from (latents.cpu() for latents in encoder.mean_blocks(pieces))
         return
     level = clip_level(model, blocks())
-    for audio, size in context_blocks(blocks(), model.semantic_encoder.window_tokens):
+    semantic_encoder = model.semantic_encoder
+    block_tokens = semantic_encoder.windows_at_once(model.device) * semantic_encoder.window_tokens
+    for audio, size in context_blocks(blocks(), block_tokens):
         tokens = torch.full((len(audio),), size, device=model.device)
         unified, semantic, acoustic = model._encode_context(audio.to(model.device), tokens, level)
         yield {"unified": unified, "semantic": semantic, "acoustic": acoustic}[part].cpu()
@@ -126,7 +130,7 @@ def decode_blocks(model: DashengTokenizerModel, latents: Latents, block_tokens: 
         end = min(start + block_tokens, total)
         first, last = max(0, start - context), min(total, end + context)
         piece = latents[:, first:last]
-        model._check_latents(piece)
+        check_latents(piece, model.latent_dim)
         audio = model._decode(piece.to(model.device))
         yield audio[:, (start - first) * SAMPLES_PER_TOKEN : (end - first) * SAMPLES_PER_TOKEN].float().cpu().numpy()
 
@@ -160,7 +164,7 @@ def _latent_blocks(
     channels, samples = shape
     seconds = samples / rate
     done = 0.0
-    for latents in encode_blocks(model, lambda: _at_16k(blocks(), rate, channels), part):
+    for latents in encode_blocks(model, lambda: ahead(_at_16k(blocks(), rate, channels)), part):
         yield latents
         done += latents.shape[1] / model.frame_rate
         if progress is not None:
@@ -316,5 +320,6 @@ def decode_file(
     """
     check_model(model, tokens, force)
     with AudioWriter(target, tokens.sampling_rate, tokens.num_channels, **writer) as out:
-        for block in audio_blocks(model, tokens.latents, tokens.sampling_rate, tokens.num_samples, progress):
+        blocks = audio_blocks(model, tokens.latents, tokens.sampling_rate, tokens.num_samples, progress)
+        for block in ahead(blocks, count=1):  # the model computes while the file is written
             out.write(block)

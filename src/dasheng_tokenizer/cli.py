@@ -82,6 +82,8 @@ def _audio_command(commands: argparse._SubParsersAction, name: str, text: str) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    # Threads that spin while they wait for one another make 2 threads slower than 1 where another process holds a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         arguments = build_parser().parse_args(argv)
         arguments.command_line = list(sys.argv[1:] if argv is None else argv)  # for the record of a report

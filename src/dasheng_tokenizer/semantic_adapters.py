@@ -13,6 +13,7 @@ needs constant memory. Keys of `config.semantic_encoder`:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class WhisperSemanticEncoder(SemanticEncoder):
         from transformers import WhisperConfig
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+        from dasheng_tokenizer.whisper_layer import WhisperLayer
+
         config = WhisperConfig(**settings["config"])
         config._attn_implementation = "sdpa"
         self.output_dim = config.d_model
@@ -59,10 +62,12 @@ class WhisperSemanticEncoder(SemanticEncoder):
         # Slaney mel scale and norm, 400-point window: the published WhisperFeatureExtractor.
         self.front_end = MelSpectrogram(400, config.num_mel_bins, power=2.0, mel_scale="slaney", norm="slaney")
         self.encoder = WhisperEncoder(config)
-        for layer in self.encoder.layers:
-            layer.self_attn_layer_norm = Float32LayerNorm(config.d_model)
-            layer.final_layer_norm = Float32LayerNorm(config.d_model)
+        self.encoder.layers = nn.ModuleList(WhisperLayer(config) for _ in self.encoder.layers)
         self.encoder.layer_norm = Float32LayerNorm(config.d_model)
+
+    def layers(self) -> Iterable[nn.Module]:
+        """See `SemanticEncoder.layers`."""
+        return self.encoder.layers
 
     def log_mel(self, context_audio: Tensor, num_tokens: Tensor) -> Tensor:
         """Whisper's input features, 8 decades below the loudest of each clip: (B, bands, 4·N); zero past the end."""
@@ -92,16 +97,8 @@ class WhisperSemanticEncoder(SemanticEncoder):
         if mask is not None:
             mask = mask.expand(-1, 1, h.shape[1], -1)  # the attention of transformers wants (B, 1, 2N, 2N)
         for layer in net.layers:
-            h = _whisper_layer(layer, h, mask)  # (B, 2N, D)
+            h = layer(h, mask)  # (B, 2N, D)
         return average_frames(net.layer_norm(h))  # (B, N, D)
-
-
-def _whisper_layer(layer: Any, h: Tensor, mask: Tensor | None) -> Tensor:
-    """A layer of transformers' encoder with the sum of its branches in float32: (B, 2N, D) → (B, 2N, D) float32."""
-    dtype = layer.fc1.weight.dtype
-    h = h + layer.self_attn(layer.self_attn_layer_norm(h).to(dtype), attention_mask=mask)[0]  # (B, 2N, D)
-    inner = layer.activation_fn(layer.fc1(layer.final_layer_norm(h).to(dtype)))  # (B, 2N, 4D)
-    return h + layer.fc2(inner)  # (B, 2N, D)
 
 
 class WaveSemanticEncoder(SemanticEncoder):
@@ -135,6 +132,10 @@ class WaveSemanticEncoder(SemanticEncoder):
         self.window_tokens = self.max_window_tokens = _tokens(settings, "window_seconds", 30.0)
         self.normalize = bool(settings.get("normalize", True))
         self.encoder = model_class(config)
+
+    def layers(self) -> Iterable[nn.Module]:
+        """See `SemanticEncoder.layers`."""
+        return self.encoder.encoder.layers  # type: ignore[no-any-return]
 
     def encode_window(self, context_audio: Tensor, num_tokens: Tensor, level: Tensor | None) -> Tensor:
         """See `SemanticEncoder.encode_window`."""

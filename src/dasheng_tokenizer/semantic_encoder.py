@@ -6,6 +6,8 @@ audio needs constant memory. `DashengEncoder` is the published one. Others live 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,14 @@ from dasheng_tokenizer.spectral import (
 
 FRAMES_PER_TOKEN = 4
 """Mel frames (10 ms) a token (40 ms)."""
+
+
+WINDOWS_TOKENS = {"cpu": 252, "cuda": 16_128}
+"""Tokens of windows that an encoder takes at once, by device; elsewhere as on a CPU.
+
+One window of 10 s keeps the matrix products of a CPU busy already and its activations in the cache. On an accelerator
+64 windows fill the machine and need about 0.5 GiB in half precision at the published size.
+"""
 
 
 def token_mask(num_tokens: Tensor, length: int) -> Tensor:
@@ -67,6 +77,10 @@ class SemanticEncoder(nn.Module):
             )
         self.window_tokens = tokens
 
+    def layers(self) -> Iterable[nn.Module]:
+        """The layers that all alike take (B, N, D); what `DashengTokenizerModel.compile_layers` compiles."""
+        raise TypeError(f"{type(self).__name__} must define layers")
+
     def level(self, context_audio: Tensor, num_frames: Tensor) -> Tensor:
         """Figure of a piece of a clip, (B,); the clip's is the maximum over its pieces. Only where `needs_level`."""
         return context_audio.new_zeros(context_audio.shape[0])
@@ -92,25 +106,40 @@ class SemanticEncoder(nn.Module):
         length = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN
         if self.needs_level and level is None:
             level = self.level(context_audio, FRAMES_PER_TOKEN * num_tokens)
-        windows = []
-        for start in range(0, length, self.window_tokens):
-            size = min(self.window_tokens, length - start)
-            first = start * SAMPLES_PER_TOKEN
-            audio = context_audio[:, first : first + size * SAMPLES_PER_TOKEN + 2 * CONTEXT]
-            real = (num_tokens - start).clamp(0, size)  # (B,)
-            windows.append(self._encode_present(audio, real, level))  # (B, size, D)
-        tokens = torch.cat(windows, dim=1)  # (B, T, D)
+        whole, rest = divmod(length, self.window_tokens)
+        parts = []
+        if whole:
+            parts.append(self._encode_windows(context_audio, num_tokens, level, 0, whole, self.window_tokens))
+        if rest:
+            parts.append(self._encode_windows(context_audio, num_tokens, level, length - rest, 1, rest))
+        tokens = torch.cat(parts, dim=1)  # (B, T, D)
         return tokens.masked_fill(~token_mask(num_tokens, length)[..., None], 0.0)
 
-    def _encode_present(self, audio: Tensor, real: Tensor, level: Tensor | None) -> Tensor:
-        """Leaves out the clips that ended before this window: they cost nothing and cannot disturb."""
-        present = real > 0
-        if torch.compiler.is_compiling() or bool(present.all()):
-            return self.encode_window(audio, real, level)
-        part = self.encode_window(audio[present], real[present], None if level is None else level[present])
-        tokens = part.new_zeros(len(real), *part.shape[1:])
-        tokens[present] = part
-        return tokens
+    def windows_at_once(self, device: torch.device) -> int:
+        """How many windows to give the encoder together, by `WINDOWS_TOKENS`."""
+        return max(1, WINDOWS_TOKENS.get(device.type, WINDOWS_TOKENS["cpu"]) // self.window_tokens)
+
+    def _encode_windows(
+        self, context_audio: Tensor, num_tokens: Tensor, level: Tensor | None, start: int, count: int, size: int
+    ) -> Tensor:
+        """`count` windows of `size` tokens from token `start` on: → (B, count·size, D).
+
+        Windows after a clip's end are left out: they cost nothing and cannot disturb.
+        """
+        span = size * SAMPLES_PER_TOKEN
+        audio = context_audio[:, start * SAMPLES_PER_TOKEN :].unfold(1, span + 2 * CONTEXT, span)[:, :count]
+        audio = audio.flatten(0, 1)  # (B·count, CONTEXT + span + CONTEXT)
+        first = start + size * torch.arange(count, device=num_tokens.device)  # (count,)
+        real = (num_tokens[:, None] - first).clamp(0, size).flatten()  # (B·count,)
+        levels = None if level is None else level.repeat_interleave(count)  # (B·count,)
+        if torch.compiler.is_compiling():  # which windows are present hangs on the data
+            return self.encode_window(audio, real, levels).unflatten(0, (-1, count)).flatten(1, 2)
+        at_once = max(len(context_audio), self.windows_at_once(audio.device))
+        places = real.nonzero()[:, 0].split(at_once)
+        parts = [self.encode_window(audio[i], real[i], None if levels is None else levels[i]) for i in places]
+        tokens = parts[0].new_zeros(len(real), *parts[0].shape[1:])
+        tokens[real > 0] = torch.cat(parts)
+        return tokens.unflatten(0, (-1, count)).flatten(1, 2)  # (B, count·size, D)
 
 
 class Attention(nn.Module):
@@ -204,6 +233,10 @@ class DashengEncoder(SemanticEncoder):
         self.init_bn = nn.ModuleList([nn.Identity(), Float32BatchNorm1d(bands)])
         self.blocks = nn.ModuleList(TransformerBlock(dim, config.num_heads) for _ in range(config.depth))
         self.norm = Float32LayerNorm(dim, eps=1e-6)
+
+    def layers(self) -> Iterable[nn.Module]:
+        """See `SemanticEncoder.layers`."""
+        return self.blocks
 
     def level(self, context_audio: Tensor, num_frames: Tensor) -> Tensor:
         """Loudest mel power of each clip's `num_frames` (B,) frames: (B,) float32."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from dasheng_tokenizer.chunking import BLOCK_TOKENS
 from dasheng_tokenizer.errors import AudioError, ConfigurationError
 from dasheng_tokenizer.finite_context import ContextBlocks, FiniteContext
+from dasheng_tokenizer.input_checks import check_latents
 from dasheng_tokenizer.samples import (
     Array,
     StreamingResampler,
@@ -164,7 +165,7 @@ class DecoderStream:
         """
         if latents.ndim == 3 and latents.shape[1] == 0:
             return torch.zeros(self.num_channels, 0)
-        self.model._check_latents(latents)
+        check_latents(latents, self.model.latent_dim)
         self._tokens += latents.shape[1]
         audio = self._decoder.push(latents.to(self.model.device))
         if audio is None:

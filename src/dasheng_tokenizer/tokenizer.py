@@ -23,8 +23,9 @@ from transformers.utils.generic import ModelOutput
 from dasheng_tokenizer.checkpoints import load_strictly
 from dasheng_tokenizer.configuration import DashengTokenizerConfig
 from dasheng_tokenizer.decoder import VocosDecoder
-from dasheng_tokenizer.errors import AudioError, ConfigurationError, LatentError, MaskError
+from dasheng_tokenizer.errors import AudioError, ConfigurationError, LatentError
 from dasheng_tokenizer.injection import InjectionEncoder
+from dasheng_tokenizer.input_checks import check_audio, check_latents
 from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN, SemanticEncoder, token_mask
 from dasheng_tokenizer.spectral import (
     CONTEXT,
@@ -155,7 +156,7 @@ class DashengTokenizerModel(PreTrainedModel):
         Raises:
             LatentError: wrong rank or width, no token, NaN or infinity, or `num_samples` outside 1 … 640·T.
         """
-        self._check_latents(latents)
+        check_latents(latents, self.latent_dim)
         full = latents.shape[1] * SAMPLES_PER_TOKEN
         if num_samples is not None and not 1 <= num_samples <= full:
             raise LatentError(f"num_samples {num_samples} is outside 1…{full}, what {latents.shape[1]} tokens hold")
@@ -229,6 +230,21 @@ class DashengTokenizerModel(PreTrainedModel):
             ConfigurationError: not a multiple of 0.04 s, longer than the encoder allows, or a VAE, which has none.
         """
         self.semantic_encoder.set_window(seconds)
+
+    def compile_layers(self, **options: Any) -> DashengTokenizerModel:
+        """Compiles the layers of semantic encoder and decoder; returns the model.
+
+        Layers of a kind share their code, so that each kind is compiled once, at its first call, for every length; a
+        batch of several clips and one with padding count as further kinds. Worth it on GPUs; a CPU gains nothing
+        (docs/speed.md).
+
+        Args:
+            options: of `torch.compile`, such as `mode="reduce-overhead"` (CUDA graphs) or `backend`.
+        """
+        encoder = self.encoder.convnext if isinstance(self.encoder, VAEEncoder) else self.semantic_encoder.layers()
+        for layer in (*encoder, *self.decoder.backbone.convnext):
+            layer.compile(**{"dynamic": True, **options})
+        return self
 
     # ------------------------------------------------------------------ public: training and bookkeeping
 
@@ -319,7 +335,7 @@ class DashengTokenizerModel(PreTrainedModel):
         self, audio: Tensor, padding_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """Latent (B, T, D), its semantic and acoustic parts (None in a VAE), zero past each end; token counts (B,)."""
-        samples = _check_audio(audio, padding_mask)  # (B,)
+        samples = check_audio(audio, padding_mask)  # (B,)
         if self.config.length_mode == "published":
             return self._encode_published(audio, samples)
         if padding_mask is not None:
@@ -378,67 +394,11 @@ class DashengTokenizerModel(PreTrainedModel):
         clips = [self._decode(z[None, :count])[0] for z, count in zip(latents, tokens.tolist(), strict=True)]
         return torch.stack([F.pad(clip, (0, full - len(clip))) for clip in clips])  # (B, 640·T)
 
-    def _check_latents(self, latents: Tensor) -> None:
-        if latents.ndim != 3 or latents.shape[1] == 0 or latents.shape[2] != self.latent_dim:
-            raise LatentError(
-                f"latents have shape {tuple(latents.shape)}; expected (batch, tokens ≥ 1, {self.latent_dim}), the "
-                "latent width of this model"
-            )
-        if not torch.compiler.is_compiling() and not bool(torch.isfinite(latents).all()):
-            raise LatentError("latents hold NaN or infinity; check where they come from, the decoder would spread them")
-
     def _init_weights(self, module: nn.Module) -> None:
         """Also fills what no checkpoint holds, after creation on the meta device."""
         super()._init_weights(module)
         if isinstance(module, InverseSTFT):
             module.reset_basis()
-
-
-def _check_audio(audio: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """Checks a batch and its mask; returns the number of real samples of each clip, (B,)."""
-    if not isinstance(audio, Tensor):
-        raise AudioError(
-            f"audio is a {type(audio).__name__}; expected a tensor (batch, samples) at 16 kHz: use "
-            "torch.from_numpy(array), or model.compress, which takes arrays of any rate and channels"
-        )
-    if audio.ndim != 2 or audio.shape[0] == 0 or audio.shape[1] == 0:
-        raise AudioError(
-            f"audio has shape {tuple(audio.shape)}; expected (batch, samples) with at least one sample. For one clip "
-            "use audio[None], for files of any rate and channels use model.compress"
-        )
-    if not audio.is_floating_point():
-        raise AudioError(
-            f"audio has type {audio.dtype}; expected floating point at full scale 1 (int16: divide by 32768)"
-        )
-    samples = torch.full((len(audio),), audio.shape[1], device=audio.device)
-    if torch.compiler.is_compiling():  # data-dependent checks cannot be traced
-        return samples if padding_mask is None else padding_mask.sum(1)
-    finite = torch.isfinite(audio)
-    if not bool(finite.all()):
-        item, sample = (~finite).nonzero()[0].tolist()
-        raise AudioError(
-            f"audio holds NaN or infinity, first in clip {item} at sample {sample}; remove or repair that clip"
-        )
-    return samples if padding_mask is None else _check_mask(padding_mask, audio.shape)
-
-
-def _check_mask(mask: Tensor, shape: torch.Size) -> Tensor:
-    """Number of real samples of each clip, (B,), of a mask that is true for them."""
-    if mask.shape != shape:
-        raise MaskError(f"padding_mask has shape {tuple(mask.shape)}; expected that of the audio, {tuple(shape)}")
-    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        raise MaskError("padding_mask must be boolean or hold only 0 and 1; true or 1 marks real samples")
-    mask = mask.bool()
-    samples = mask.sum(1)  # (B,)
-    for item, contiguous in enumerate((mask == token_mask(samples, mask.shape[1])).all(1).tolist()):
-        if not contiguous:
-            where = "on the left" if not bool(mask[item, 0]) else "in the middle"
-            raise MaskError(f"padding_mask hides samples {where} of clip {item}; pad on the right only")
-    if int(samples.min()) == 0:
-        raise MaskError(
-            f"padding_mask hides every sample of clip {int(samples.argmin())}; leave such clips out of the batch"
-        )
-    return samples
 
 
 AutoModel.register(DashengTokenizerConfig, DashengTokenizerModel, exist_ok=True)
