@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -213,12 +214,18 @@ class Denoiser(nn.Module):
 
     # ------------------------------------------------------------------ on disk
 
-    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write weights and config.json into a folder; see `write_weights_folder`.
 
         Args:
             folder: where to.
             dtype: number type of the weights on disk; None: that in memory. The statistics stay float32.
+            state: weights to write, where those in memory are shared out among processes; None: those in memory.
 
         Raises:
             CheckpointError: a weight is NaN or infinite, also by rounding to `dtype`.
@@ -226,7 +233,7 @@ class Denoiser(nn.Module):
         """
         state = {
             name: tensor.detach().to("cpu", None if name in _STATISTICS else dtype).contiguous()
-            for name, tensor in self.state_dict().items()
+            for name, tensor in (self.state_dict() if state is None else state).items()
         }
         config = {"denoiser": dataclasses.asdict(self.config), "info": dataclasses.asdict(self.info)}
         write_weights_folder(folder, KIND, state, config)

@@ -36,6 +36,7 @@ from dasheng_tokenizer.training.optimization import (
     set_learning_rate,
 )
 from dasheng_tokenizer.training.run_log import RunLog
+from dasheng_tokenizer.training.sharding import dealt, whole_state
 from dasheng_tokenizer.training.validation import mean_rows, spectrogram_figure, speech_quality
 
 if TYPE_CHECKING:
@@ -186,9 +187,12 @@ class EnhancementTask:
         rows: list[Row] = []
         self.denoiser.eval()
         with self.average.applied():
-            for place in range(self.fabric.global_rank, self.config.validation_clips, self.fabric.world_size):
+            rank, world_size = self.fabric.global_rank, self.fabric.world_size
+            for place, counts in dealt(self.config.validation_clips, rank, world_size):
                 mixture = self.data.valid.mixture(place)
                 row, decoded = self._measure(mixture)
+                if not counts:
+                    continue
                 if place not in self._noisy_rows:  # they never change
                     self._noisy_rows[place] = self._noisy_row(mixture)
                 rows.append({**row, **self._noisy_rows[place]})
@@ -203,11 +207,12 @@ class EnhancementTask:
         Raises:
             OutputError: the folder cannot be written.
         """
-        if self.fabric.is_global_zero:
-            info = self.denoiser.info
-            self.denoiser.info = replace(info, provenance={**info.provenance, **summary})
-            with self.average.applied():
-                self.denoiser.save_pretrained(self.config.output / "model")
+        info = self.denoiser.info
+        self.denoiser.info = replace(info, provenance={**info.provenance, **summary})
+        with self.average.applied():
+            state = whole_state(self.denoiser, keep=self.fabric.is_global_zero)
+            if self.fabric.is_global_zero:
+                self.denoiser.save_pretrained(self.config.output / "model", state=state)
 
     def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the denoiser sees of the noisy recordings, and the latents of the clean ones, (B, T, D) each."""

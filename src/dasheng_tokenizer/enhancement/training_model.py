@@ -13,6 +13,7 @@ from dasheng_tokenizer.enhancement.latent_space import LatentStatistics, whiteni
 from dasheng_tokenizer.enhancement.training_configuration import EnhancementConfig
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError
 from dasheng_tokenizer.tokenizer import DashengTokenizerModel
+from dasheng_tokenizer.training.checkpoint_tensors import open_tensors
 
 AVERAGE, MODULE = "average.denoiser.", "module.denoiser."
 """Prefixes of the averaged weights and of the rest in a checkpoint."""
@@ -97,16 +98,15 @@ def averaged_denoiser(config: EnhancementConfig, checkpoint: Path) -> Denoiser:
         CheckpointError: no checkpoint of a run with this recipe, or a damaged one; or the tokenizer cannot be loaded.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     denoiser = new_denoiser(config, load_tokenizer(config), None)
     try:
-        progress = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["progress"]
-        tensors = load_file(checkpoint / "tensors.safetensors")
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        tensors = open_tensors(checkpoint, state)
+        held = {**tensors.state(MODULE), **tensors.state(AVERAGE)}
+        progress = state["progress"]
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{checkpoint} is no checkpoint, or a damaged one ({error!r}); name another") from error
-    held = {name.removeprefix(MODULE): value for name, value in tensors.items() if name.startswith(MODULE)}
-    held |= {name.removeprefix(AVERAGE): value for name, value in tensors.items() if name.startswith(AVERAGE)}
     wanted = {name: value.shape for name, value in denoiser.state_dict().items()}
     if {name: value.shape for name, value in held.items()} != wanted:
         raise CheckpointError(f"{checkpoint} is of another recipe; name the recipe and the settings of its run")

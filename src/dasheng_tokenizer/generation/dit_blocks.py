@@ -89,6 +89,9 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of the tokens to the text, without positions: the text encoder has put them in already."""
 
+    called_apart = ("kv", "norm_k")
+    """Parts that run before the block does; see `training.sharding`."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -183,12 +183,18 @@ class Generator(nn.Module):
 
     # ------------------------------------------------------------------ on disk
 
-    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write weights and config.json into a folder; see `write_weights_folder`.
 
         Args:
             folder: where to.
             dtype: number type of the transformer's weights on disk; None: that in memory. The statistics stay float32.
+            state: weights to write, where those in memory are shared out among processes; None: those in memory.
 
         Raises:
             CheckpointError: a weight is NaN or infinite, also by rounding to `dtype`.
@@ -196,7 +202,7 @@ class Generator(nn.Module):
         """
         state = {
             name: tensor.detach().to("cpu", dtype if name.startswith("dit.") else None).contiguous()
-            for name, tensor in self.state_dict().items()
+            for name, tensor in (self.state_dict() if state is None else state).items()
         }
         config = {"dit": dataclasses.asdict(self.dit.config), "info": dataclasses.asdict(self.info)}
         write_weights_folder(folder, KIND, state, config)

@@ -19,6 +19,7 @@ from dasheng_tokenizer.generation.generator import Generator, GeneratorInfo
 from dasheng_tokenizer.generation.text_encoders import pad_text
 from dasheng_tokenizer.generation.training_configuration import GeneratorTrainingConfig
 from dasheng_tokenizer.generation.training_data import GeneratorData, LatentBatch, open_data
+from dasheng_tokenizer.training.checkpoint_tensors import open_tensors
 from dasheng_tokenizer.training.configuration import to_plain
 from dasheng_tokenizer.training.loop import StepResult, fit, is_finished, make_fabric, seed_everything
 from dasheng_tokenizer.training.optimization import (
@@ -29,6 +30,7 @@ from dasheng_tokenizer.training.optimization import (
     set_learning_rate,
 )
 from dasheng_tokenizer.training.run_log import RunLog
+from dasheng_tokenizer.training.sharding import dealt, whole_state
 from dasheng_tokenizer.training.validation import mean_rows
 
 if TYPE_CHECKING:
@@ -100,16 +102,14 @@ def averaged_generator(config: GeneratorTrainingConfig, checkpoint: Path) -> Gen
         DataError, ModelMismatchError, ConfigurationError, OutputError: see `open_data`.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     generator = new_generator(config, open_data(make_fabric(config), config))
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(checkpoint / "tensors.safetensors")
+        held = open_tensors(checkpoint, state).state(AVERAGE)
         progress = state["progress"]
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{checkpoint} is no checkpoint, or a damaged one ({error!r}); name another") from error
-    held = {name.removeprefix(AVERAGE): value for name, value in tensors.items() if name.startswith(AVERAGE)}
     wanted = {name: parameter.shape for name, parameter in generator.named_parameters()}
     if {name: value.shape for name, value in held.items()} != wanted:
         raise CheckpointError(f"{checkpoint} is of another recipe; name the recipe and the settings of its run")
@@ -238,10 +238,11 @@ class GeneratorTask:
         rows: list[dict[str, float]] = []
         self.generator.eval()
         with self.average.applied():
-            for place in range(self.fabric.global_rank, len(clips), self.fabric.world_size):
+            for place, counts in dealt(len(clips), self.fabric.global_rank, self.fabric.world_size):
                 clip = clips[place]
                 loss = self._held_out_loss(clip.latents, clips.texts([clip.caption])[0], place)
-                rows.append({"loss": loss, f"loss_{clip.domain}": loss})
+                if counts:
+                    rows.append({"loss": loss, f"loss_{clip.domain}": loss})
         self.generator.train()
         return mean_rows(self.fabric, rows)
 
@@ -251,11 +252,12 @@ class GeneratorTask:
         Raises:
             OutputError: the folder cannot be written.
         """
-        if self.fabric.is_global_zero:
-            info = self.generator.info
-            self.generator.info = replace(info, provenance={**info.provenance, **summary})
-            with self.average.applied():
-                self.generator.save_pretrained(self.config.output / "model")
+        info = self.generator.info
+        self.generator.info = replace(info, provenance={**info.provenance, **summary})
+        with self.average.applied():
+            state = whole_state(self.generator, keep=self.fabric.is_global_zero)
+            if self.fabric.is_global_zero:
+                self.generator.save_pretrained(self.config.output / "model", state=state)
 
     def _arguments(self, part: LatentBatch) -> list[Tensor]:
         """What the objective takes, on the device of the run."""

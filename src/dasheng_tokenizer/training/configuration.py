@@ -122,8 +122,9 @@ class LoopConfig:
         keep_checkpoints: newest checkpoints kept.
         validate_every: steps between validations; 0 validates at the end only.
         log_every: steps between log lines.
-        accelerator, devices, num_nodes, strategy: as in `lightning_fabric.Fabric`; `strategy` is `auto` or a kind of
-            `ddp`.
+        accelerator, devices, num_nodes: as in `lightning_fabric.Fabric`.
+        strategy: `auto` or `ddp` (or another kind of it that Fabric knows): every process holds the whole model;
+            `fsdp`: each holds its share of weights, gradients, optimizer states and averages.
     """
 
     output: Path = Path("runs/tokenizer")
@@ -150,8 +151,8 @@ class LoopConfig:
         _require(self.validate_every >= 0, f"validate_every must not be negative, not {self.validate_every}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), not {self.ema_decay}")
         _require(self.clip_grad_norm > 0, f"clip_grad_norm must be above 0, not {self.clip_grad_norm}")
-        known = self.strategy == "auto" or self.strategy.startswith("ddp")
-        _require(known, f"strategy must be 'auto' or a kind of 'ddp', not {self.strategy!r}")
+        known = self.strategy in ("auto", "fsdp") or self.strategy.startswith("ddp")
+        _require(known, f"strategy must be 'auto', 'fsdp' or a kind of 'ddp', not {self.strategy!r}")
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,12 @@ class DataConfig:
         cache: folder of cached audio and semantic embeddings (for a VAE audio alone); None streams the data and
             computes the embeddings online.
         workers: 0 loads each batch when it is asked for. With a cache, anything else loads ahead in one thread;
-            without,
-            it is the number of decoding processes, and part of what fixes the order of the data.
+            without, it is the most decoding processes of each training process.
         seed: of the loudness views. Crops and their order hang on the seed of the run.
-        shuffle_clips: streamed clips among which the next is drawn.
+        shuffle_clips: streamed clips among which the next is drawn, in each stream.
+        streams: parts that streamed data is read in at once. The order of the data hangs on their number, not on that
+            of processes and workers; it must be a multiple of the processes and divide `batch_size`. None: as many as
+            there are workers in all processes together.
     """
 
     train: list[str] = field(default_factory=list)
@@ -77,6 +79,7 @@ class DataConfig:
     workers: int = 0
     seed: int = 0
     shuffle_clips: int = 1000
+    streams: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -88,6 +91,10 @@ class DataConfig:
                 raise ConfigurationError(f"data.{name} must be at least 1, not {getattr(self, name)}")
         if self.workers < 0 or self.seed < 0:
             raise ConfigurationError(f"data.workers and data.seed must not be negative: {self.workers}, {self.seed}")
+        if self.streams is not None and (self.streams < 1 or self.batch_size % self.streams):
+            raise ConfigurationError(
+                f"data.batch_size {self.batch_size} must be a multiple of data.streams, not {self.streams}"
+            )
         if self.gain_db[0] > self.gain_db[1]:
             raise ConfigurationError(f"data.gain_db is (lowest, highest), not {self.gain_db}")
 

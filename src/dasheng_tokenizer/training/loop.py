@@ -34,6 +34,7 @@ from dasheng_tokenizer.training.run_checkpoint import (
     save_checkpoint,
 )
 from dasheng_tokenizer.training.run_log import RunLog
+from dasheng_tokenizer.training.sharding import fsdp_strategy
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -81,11 +82,12 @@ class Task(Checkpointable, Protocol):
 
 
 def make_fabric(config: LoopConfig) -> Fabric:
-    """Start Lightning Fabric: devices, precision, and DDP where there is more than one process.
+    """Start Lightning Fabric: devices, precision, and DDP or FSDP where there is more than one process.
 
     Under `torchrun` the number of processes is torchrun's, whatever the recipe says.
 
     Raises:
+        ConfigurationError: `strategy: fsdp` for several devices without `torchrun`.
         MissingExtraError: Lightning Fabric is not installed.
     """
     lightning = require_extra("lightning_fabric", "train")
@@ -95,6 +97,8 @@ def make_fabric(config: LoopConfig) -> Fabric:
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     strategy: Any = config.strategy
     several = nodes > 1 or (isinstance(devices, int) and devices > 1)
+    if strategy == "fsdp":
+        strategy = _fsdp(config, devices, nodes)
     if strategy in ("auto", "ddp") and several:
         # Buffers are constants here (windows, mel filters, frozen statistics): nothing to send each step. torch 2.13
         # renamed the setting.
@@ -106,6 +110,16 @@ def make_fabric(config: LoopConfig) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def _fsdp(config: LoopConfig, devices: int | str, nodes: int) -> Any:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # One process holds everything anyhow.
+        return fsdp_strategy(int(devices) * nodes, config.precision) if int(devices) * nodes > 1 else "auto"
+    found = torch.cuda.device_count() if config.accelerator != "cpu" and devices == "auto" else devices
+    if nodes > 1 or found not in ("auto", 0, 1):
+        raise ConfigurationError("strategy fsdp needs torchrun: torchrun --nproc_per_node=N -m dasheng_tokenizer.cli …")
+    return "auto"
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dasheng_tokenizer.training.configuration import OptimizerConfig
+from dasheng_tokenizer.training.sharding import local, whole
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -71,7 +72,9 @@ def guarded_step(
         The gradient norm before clipping, and whether the step was taken.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip_grad_norm, foreach=True)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = whole(nn.utils.get_total_norm(gradients, foreach=True))  # over the rows of all ranks
+    nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm, foreach=True)
     finite = torch.isfinite(norm) & torch.isfinite(loss)
     taken = not any_rank(fabric, ~finite)
     if taken:
@@ -91,7 +94,7 @@ class ExponentialMovingAverage:
     """Average of the trained weights over the last ~1/(1-decay) steps.
 
     The decay rises with the number of updates n as (1+n)/(10+n) up to its final value, so that a short run is not held
-    back by its random start.
+    back by its random start. Of sharded weights each rank averages its rows.
     """
 
     def __init__(self, parameters: NamedParameters, decay: float) -> None:
@@ -112,13 +115,13 @@ class ExponentialMovingAverage:
     def update(self) -> None:
         """Take in the current weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
+        torch._foreach_lerp_(_locals(self.values), _locals(self.parameters), 1 - decay)
         self.updates += 1
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Put the average in place of the weights, and the weights back afterwards."""
-        kept = [parameter.detach().clone() for parameter in self.parameters]
+        kept = [parameter.clone() for parameter in _locals(self.parameters)]
         self._write(self.values)
         try:
             yield
@@ -131,11 +134,16 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
-        """Restore what `state_dict` gave, and the number of updates behind it."""
+        """Restore what `state_dict` gave, of sharded tensors this rank's rows, and the number of updates behind it."""
         for name, value in zip(self.names, self.values, strict=True):
-            value.copy_(state[name])
+            local(value).copy_(state[name])
         self.updates = updates
 
     @torch.no_grad()
     def _write(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_([parameter.data for parameter in self.parameters], values)
+        torch._foreach_copy_(_locals(self.parameters), _locals(values))
+
+
+def _locals(tensors: list[Tensor]) -> list[Tensor]:
+    """This rank's rows, without gradients."""
+    return [local(tensor.detach()) for tensor in tensors]

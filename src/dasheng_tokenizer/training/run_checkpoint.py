@@ -1,7 +1,8 @@
 """Checkpoints of a running training: whole or absent, the newest few kept, exact on resume.
 
-A checkpoint is a folder `step-XXXXXXXX` with `tensors.safetensors` (trained weights, optimizer state, moving averages)
-and `state.json` (progress, random states of every rank, what the run trains). Frozen weights are not repeated in it.
+A checkpoint is a folder `step-XXXXXXXX` with `tensors.safetensors` (trained weights, optimizer state, moving averages),
+of a sharded run one such file from each rank, and `state.json` (progress, random states of every rank, what the run
+trains). Frozen weights are not repeated in it. A run may go on with another number of ranks, sharded or not.
 The folder is written under a temporary name and renamed, so that a run killed at any moment leaves only whole
 checkpoints.
 """
@@ -12,7 +13,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, OutputError
+from dasheng_tokenizer.training.checkpoint_tensors import CheckpointTensors, file_names, open_tensors, write_rows
 from dasheng_tokenizer.training.optimization import ExponentialMovingAverage
+from dasheng_tokenizer.training.sharding import is_sharded, like, local
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -68,18 +71,35 @@ def save_checkpoint(fabric: Fabric, folder: Path, task: Checkpointable, progress
     """
     final = folder / f"step-{progress.step:08d}"
     states = _gather(fabric, random_state())
-    failure: str | None = None
+    temporary = folder / f".{final.name}-{_gather(fabric, os.getpid())[0]}"
+    sharded = any(is_sharded(module) for module in task.modules.values())
+    files = file_names(fabric.world_size, sharded)
+    tensors = _tensors(task) if sharded or fabric.is_global_zero else {}
+
+    def write() -> None:
+        if sharded or fabric.is_global_zero:
+            path = temporary / files[fabric.global_rank]
+            write_rows(path, tensors, fabric.global_rank)
+            _sync(path)
+
+    def complete() -> None:
+        _write_state(temporary / "state.json", task, progress, states, files)
+        if final.exists():  # The same step again: the old folder gives way only now that the new one is whole.
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync(folder)
+
+    failure = _attempt(fabric, lambda: temporary.mkdir(parents=True) if fabric.is_global_zero else None)
+    failure = failure or _attempt(fabric, write)
+    failure = failure or _attempt(fabric, lambda: complete() if fabric.is_global_zero else None)
     if fabric.is_global_zero:
-        try:
-            _write(folder, final, task, progress, states)
-        except OSError as error:
-            failure = f"{final}: cannot write the checkpoint ({error}); free some space or change `output`"
-        else:
-            for old in list_checkpoints(folder)[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
-    failure = _gather(fabric, failure)[0]
+        shutil.rmtree(temporary, ignore_errors=True)
+        for old in [] if failure else list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
     if failure is not None:
-        raise OutputError(failure)
+        shared = ", which all nodes must share" if sharded else ""
+        remedy = f"free some space or change `output`{shared}"
+        raise OutputError(f"{final}: cannot write the checkpoint ({failure}); {remedy}")
     return final
 
 
@@ -98,11 +118,10 @@ def load_checkpoint(fabric: Fabric, folder: Path, task: Checkpointable) -> Progr
         return Progress()
     path = found[-1]
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(path / "tensors.safetensors")
+        tensors = open_tensors(path, state)
         if state["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {state['format']}, but {FORMAT} is known; start a new `output`")
         _check_identity(path, state["identity"], task.identity())
@@ -165,11 +184,19 @@ def _gather(fabric: Fabric, item: Any) -> list[Any]:
     return items
 
 
-def _write(folder: Path, final: Path, task: Checkpointable, progress: Progress, states: list[Any]) -> None:
-    from safetensors.torch import save_file
+def _attempt(fabric: Fabric, action: Callable[[], None]) -> str | None:
+    """Do something on every rank that may fail on one; what failed first, known to all."""
+    from safetensors import SafetensorError
 
-    temporary = folder / f".{final.name}-{os.getpid()}"
-    temporary.mkdir(parents=True)
+    failure: str | None = None
+    try:
+        action()
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error class
+        failure = str(error)
+    return next((text for text in _gather(fabric, failure) if text is not None), None)
+
+
+def _write_state(path: Path, task: Checkpointable, progress: Progress, states: list[Any], files: list[str]) -> None:
     state = {
         "format": FORMAT,
         "progress": asdict(progress),
@@ -177,22 +204,11 @@ def _write(folder: Path, final: Path, task: Checkpointable, progress: Progress, 
         "modules": sorted(task.modules),
         "updates": {name: average.updates for name, average in task.averages.items()},
         "random": states,
+        "files": files,
     }
-    try:
-        save_file(_tensors(task), temporary / "tensors.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        for path in temporary.iterdir():
-            _sync(path)
-        if final.exists():  # The same step again: the old folder gives way only now that the new one is whole.
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        _sync(folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        # safetensors reports a full disk as its own error class.
-        if isinstance(error, OSError) or not isinstance(error, Exception):
-            raise
-        raise OSError(str(error)) from error
+    path.write_text(json.dumps(state), encoding="utf-8")
+    _sync(path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
@@ -208,11 +224,17 @@ def _tensors(task: Checkpointable) -> dict[str, Tensor]:
     for name, module in task.modules.items():
         tensors |= {f"module.{name}.{key}": value for key, value in _trained(module).items()}
     for name, optimizer in task.optimizers.items():
-        for index, entries in optimizer.state_dict()["state"].items():
+        for index, entries in _inner(optimizer).state_dict()["state"].items():
             tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in entries.items()}
     for name, average in task.averages.items():
         tensors |= {f"average.{name}.{key}": value for key, value in average.state_dict().items()}
-    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    return tensors
+
+
+def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Without Fabric's wrapper, which shows the state to rank 0 alone."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:
@@ -235,31 +257,36 @@ def keep_in_checkpoints(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _restore(task: Checkpointable, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Copy a checkpoint's tensors into the task, in place."""
+def _restore(task: Checkpointable, tensors: CheckpointTensors, state: Mapping[str, Any]) -> None:
+    """Copy a checkpoint's tensors into the task, in place; of sharded ones this rank's rows."""
     known = set(state["modules"])
     for name, module in task.modules.items():
         if name in known:
             for key, parameter in _trained(module).items():
-                parameter.copy_(tensors[f"module.{name}.{key}"])
+                local(parameter).copy_(tensors.rows_like(f"module.{name}.{key}", parameter))
     for name, optimizer in task.optimizers.items():
         if name in known:
             # Learning rates and decays are the recipe's, so the groups stay; only the moments come from the checkpoint.
-            current = optimizer.state_dict()
-            current["state"] = _optimizer_state(tensors, f"optimizer.{name}.")
-            optimizer.load_state_dict(current)
+            current = _inner(optimizer).state_dict()
+            current["state"] = _optimizer_state(tensors, f"optimizer.{name}.", optimizer)
+            _inner(optimizer).load_state_dict(current)
     for name, average in task.averages.items():
-        prefix = f"average.{name}."
-        values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        held = average.state_dict().items()
+        values = {key: tensors.rows_like(f"average.{name}.{key}", value) for key, value in held}
         average.load_state_dict(values, state["updates"][name])
 
 
-def _optimizer_state(tensors: dict[str, Tensor], prefix: str) -> dict[int, dict[str, Tensor]]:
+def _optimizer_state(
+    tensors: CheckpointTensors, prefix: str, optimizer: torch.optim.Optimizer
+) -> dict[int, dict[str, Tensor]]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith(prefix):
-            index, entry = key.removeprefix(prefix).split(".")
-            state.setdefault(int(index), {})[entry] = value
+    for key in tensors.names(prefix):
+        index, entry = key.removeprefix(prefix).split(".")
+        parameter = parameters[int(index)]
+        # The count of steps is one number for each parameter; the moments are sharded as their parameter is.
+        value = tensors.whole(key) if entry == "step" else like(parameter, tensors.rows_like(key, parameter))
+        state.setdefault(int(index), {})[entry] = value
     return state
 
 

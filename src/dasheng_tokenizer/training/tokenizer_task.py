@@ -34,6 +34,7 @@ from dasheng_tokenizer.training.losses import (
 )
 from dasheng_tokenizer.training.optimization import guarded_step, learning_rate, set_learning_rate
 from dasheng_tokenizer.training.run_log import RunLog
+from dasheng_tokenizer.training.sharding import is_sharded, whole_state
 from dasheng_tokenizer.training.tokenizer_state import Crops, Generated, make_state, unwrapped
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class TokenizerTask:
         config = self.config
         model = self.state.model.config.to_dict()
         fields = MODEL_IDENTITY + (VAE_IDENTITY if self.state.model.config.is_vae else ())
-        drawn = ("crop_seconds", "batch_size", "gain_db", "views", "seed")
+        drawn = ("crop_seconds", "batch_size", "gain_db", "views", "seed", "streams")
         plain = to_plain(config.data)
         return {
             **{f"model.{name}": model[name] for name in fields},
@@ -165,6 +166,8 @@ class TokenizerTask:
             for name, value in losses.items():
                 value = value.detach() / len(parts)
                 sums[name] = sums[name] + value if name in sums else value
+        if adversarial and state.discriminator_optimizer is not None:
+            state.discriminator_optimizer.zero_grad(set_to_none=True)  # see `_judge`
         norm, applied = guarded_step(self.fabric, state.generator_optimizer, sums["loss"], config.clip_grad_norm)
         if applied:
             state.average.update()
@@ -199,7 +202,7 @@ class TokenizerTask:
         from dasheng_tokenizer.training.validation import validate
 
         with self.state.average.applied():
-            return validate(self.fabric, self.state.model, self.config, step, log)
+            return validate(self.fabric, unwrapped(self.state.generator), self.config, step, log)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the averaged weights as a `save_pretrained` folder, `output/model`.
@@ -207,12 +210,13 @@ class TokenizerTask:
         Raises:
             OutputError: the folder cannot be written.
         """
-        if self.fabric.is_global_zero:
-            model = self.state.model
-            latent = model.config.latent_kind if model.config.is_vae else self.config.latent
-            model.config.provenance = {**model.config.provenance, "latent": latent, **summary}
-            with self.state.average.applied():
-                save_model(model, self.config.output / "model")
+        model = self.state.model
+        latent = model.config.latent_kind if model.config.is_vae else self.config.latent
+        model.config.provenance = {**model.config.provenance, "latent": latent, **summary}
+        with self.state.average.applied():
+            state = whole_state(model, keep=self.fabric.is_global_zero)
+            if self.fabric.is_global_zero:
+                save_model(model, self.config.output / "model", state)
 
     def _generate(self, part: Batch) -> Generated:
         return self.state.generator(part.audio, part.features)
@@ -224,7 +228,8 @@ class TokenizerTask:
         """
         assert self.state.discriminators is not None
         module = unwrapped(self.state.discriminators)
-        module.requires_grad_(False)
+        # Sharded weights do not heed this; their gradients are thrown away after the backward pass.
+        module.requires_grad_(is_sharded(module))
         try:
             with self.fabric.autocast():
                 with torch.no_grad():
@@ -262,8 +267,13 @@ def split_outputs(
     return real, fake
 
 
-def save_model(model: DashengTokenizerModel, folder: Path) -> None:
+def save_model(model: DashengTokenizerModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
     """Write a `save_pretrained` folder, whole or not at all; one that is there is replaced.
+
+    Args:
+        model: to write.
+        folder: where to.
+        state: weights to write, where those in memory are sharded; None: those in memory.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -271,7 +281,7 @@ def save_model(model: DashengTokenizerModel, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=state)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     except OSError as error:

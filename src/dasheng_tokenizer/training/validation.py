@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dasheng_tokenizer.spectral import with_context
-from dasheng_tokenizer.tokenizer import DashengTokenizerModel
+from dasheng_tokenizer.spectral import SAMPLES_PER_TOKEN, SAMPLING_RATE, with_context
 from dasheng_tokenizer.training.configuration import TrainingConfig
 from dasheng_tokenizer.training.data import ValidationClip, validation_clips
 from dasheng_tokenizer.training.losses import MultiScaleMelLoss
 from dasheng_tokenizer.training.run_log import RunLog
-from dasheng_tokenizer.training.tokenizer_state import select_latent
-from dasheng_tokenizer.vae import Posterior, VAEEncoder
+from dasheng_tokenizer.training.sharding import dealt
+from dasheng_tokenizer.training.tokenizer_state import Generated
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -27,14 +26,12 @@ Samples = npt.NDArray[np.float32]
 
 
 @torch.no_grad()
-def validate(
-    fabric: Fabric, model: DashengTokenizerModel, config: TrainingConfig, step: int, log: RunLog
-) -> dict[str, float]:
+def validate(fabric: Fabric, generator: nn.Module, config: TrainingConfig, step: int, log: RunLog) -> dict[str, float]:
     """Decode whole held-out clips, share the work among the ranks, and average.
 
     Args:
         fabric: of the run.
-        model: with the weights to judge.
+        generator: the `tokenizer_state.Generator` with the weights to judge, without Fabric's wrapper.
         config: says which clips, how many, and what the decoder gets.
         step: for the log.
         log: receives originals (once), reconstructions and spectrograms.
@@ -46,21 +43,23 @@ def validate(
     """
     clips = validation_clips(config.data, config.validation_clips)
     mel = MultiScaleMelLoss().to(fabric.device)
-    was_training = model.training
-    model.eval()
+    was_training = generator.training
+    generator.eval()
     rows: list[dict[str, float]] = []
-    for index in range(fabric.global_rank, len(clips), fabric.world_size):
+    for index, counts in dealt(len(clips), fabric.global_rank, fabric.world_size):
         clip = clips[index]
         original = torch.from_numpy(np.ascontiguousarray(clip.audio)).float()
-        decoded, kl = _reconstruct(fabric, model, config, original.to(fabric.device))
+        decoded, kl = _reconstruct(fabric, generator, original.to(fabric.device))
+        if not counts:
+            continue
         row = {"mel": float(mel(decoded[None], original.to(fabric.device)[None])), **kl}
         row[f"mel_{clip.domain}"] = row["mel"]
         if clip.domain == "speech":
-            row |= speech_quality(original.numpy(), decoded.cpu().numpy(), model.sampling_rate)
+            row |= speech_quality(original.numpy(), decoded.cpu().numpy(), SAMPLING_RATE)
         rows.append(row)
         if _is_sample(index, len(clips), config.validation_samples):
-            _show(log, clip, decoded.cpu().numpy(), step, model.sampling_rate)
-    model.train(was_training)
+            _show(log, clip, decoded.cpu().numpy(), step, SAMPLING_RATE)
+    generator.train(was_training)
     return mean_rows(fabric, rows)
 
 
@@ -105,19 +104,13 @@ def spectrogram_figure(original: Samples, decoded: Samples, sampling_rate: int) 
     return figure
 
 
-def _reconstruct(
-    fabric: Fabric, model: DashengTokenizerModel, config: TrainingConfig, audio: Tensor
-) -> tuple[Tensor, dict[str, float]]:
+def _reconstruct(fabric: Fabric, generator: nn.Module, audio: Tensor) -> tuple[Tensor, dict[str, float]]:
     """(S,) → (S,), through the embedding that this run trains, or the mean of a VAE; and the divergence of a VAE."""
-    context = with_context(audio[None], model.num_tokens(len(audio)))  # (1, 512 + 640·T + 512)
+    context = with_context(audio[None], -(-len(audio) // SAMPLES_PER_TOKEN))  # (1, 512 + 640·T + 512)
     with fabric.autocast():
-        kl: dict[str, float] = {}
-        if isinstance(model.encoder, VAEEncoder):
-            posterior: Posterior = model.encoder(context)
-            latent, kl = posterior.mean, {"kl": float(posterior.kl().mean())}
-        else:
-            latent = select_latent(config.latent, model.encode_semantic(context), model.encode_acoustic(context))
-        return model.decode(latent, num_samples=len(audio))[0].float(), kl
+        generated: Generated = generator(context, None)
+    kl = {} if generated.posterior is None else {"kl": float(generated.posterior.kl().mean())}
+    return generated.audio[0, : len(audio)].float(), kl
 
 
 def _is_sample(index: int, count: int, samples: int) -> bool:
