@@ -130,7 +130,11 @@ def run(config: TrainingConfig, data: MemoryData | None = None) -> TokenizerTask
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[str]:
-    """Overrides that point a recipe at a few short clips."""
+    return write_corpus(tmp_path)
+
+
+def write_corpus(tmp_path: Path) -> list[str]:
+    """A few short clips, and overrides that point a recipe at them."""
     rng = np.random.default_rng(0)
     for split in ("train", "valid"):
         folder = tmp_path / split / "speech"

@@ -115,7 +115,7 @@ def make_fabric(config: LoopConfig) -> Fabric:
 def _fsdp(config: LoopConfig, devices: int | str, nodes: int) -> Any:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # One process holds everything anyhow.
-        return fsdp_strategy(int(devices) * nodes, config.precision) if int(devices) * nodes > 1 else "auto"
+        return fsdp_strategy(int(devices) * nodes) if int(devices) * nodes > 1 else "auto"
     found = torch.cuda.device_count() if config.accelerator != "cpu" and devices == "auto" else devices
     if nodes > 1 or found not in ("auto", 0, 1):
         raise ConfigurationError("strategy fsdp needs torchrun: torchrun --nproc_per_node=N -m dasheng_tokenizer.cli …")

@@ -8,10 +8,8 @@ block's weights are gathered from all processes when it runs and given up right 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from dasheng_tokenizer.files import require_extra
@@ -20,28 +18,21 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def fsdp_strategy(world_size: int, precision: str) -> Any:
-    """Fabric's strategy that shards modules over all processes.
-
-    Args:
-        world_size: number of processes.
-        precision: of the run.
+def fsdp_strategy(world_size: int) -> Any:
+    """Fabric's strategy that shards modules over a number of processes.
 
     Raises:
         MissingExtraError: Lightning Fabric is not installed.
     """
     strategies = require_extra("lightning_fabric.strategies", "train")
-    return strategies.ModelParallelStrategy(
-        parallelize_fn=partial(shard, precision=precision), data_parallel_size=world_size, tensor_parallel_size=1
-    )
+    return strategies.ModelParallelStrategy(shard, data_parallel_size=world_size, tensor_parallel_size=1)
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, precision: str = "32-true") -> nn.Module:
+def shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Shard a module in place over the `data_parallel` axis of a mesh.
 
-    With `bf16-mixed` the repeated blocks are gathered in bfloat16, which is what autocast would make of their matrices
-    anyhow, but without a second copy of all weights that waits for the backward pass. The rest, and all gradients while
-    they are summed, stay float32.
+    Weights are gathered, and gradients summed, in float32. With `bf16-mixed` autocast rounds what a block has gathered,
+    as it does without sharding, so that norms and residual sums keep their float32.
 
     Returns:
         The same module.
@@ -49,14 +40,11 @@ def shard(module: nn.Module, mesh: DeviceMesh, precision: str = "32-true") -> nn
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = mesh["data_parallel"]
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     marks = {name: dict(vars(parameter)) for name, parameter in module.named_parameters()}
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    policy = half if precision == "bf16-mixed" else MixedPrecisionPolicy(cast_forward_inputs=False)
-    for unit in wrap_units(module):
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # The root too gives its weights up after each pass: they change in between, when averages are put in their place.
-    root = MixedPrecisionPolicy(cast_forward_inputs=False)
-    fully_shard(module, mesh=mesh, mp_policy=root, reshard_after_forward=True)
+    for unit in [*wrap_units(module), module]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for name, parameter in module.named_parameters():
         vars(parameter).update(marks[name])
     return module
@@ -85,7 +73,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's rows of a tensor, sharing its memory; a tensor that is not sharded itself."""
-    held: Tensor = tensor.to_local() if _is_dtensor(tensor) else tensor  # type: ignore[operator]
+    held: Tensor = tensor.to_local() if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
     return held
 
 
@@ -113,7 +101,7 @@ def like(tensor: Tensor, rows: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All rows of a tensor, gathered; every rank must call this alike."""
-    gathered: Tensor = tensor.full_tensor() if _is_dtensor(tensor) else tensor  # type: ignore[operator]
+    gathered: Tensor = tensor.full_tensor() if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
     return gathered
 
 

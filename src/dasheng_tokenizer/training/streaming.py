@@ -1,10 +1,10 @@
 """Crops of data too large to cache: shards read in shuffled order, decoded on the fly, one crop for each clip.
 
 The data is split into streams. In an epoch each stream reads its own shards (or, where there are fewer shards than
-streams, its share of the clips of all shards), so that no clip comes twice. Every batch takes equally many crops of each
-stream. The order hangs on (seed, epoch, stream) only; streams are dealt to processes and their workers, so with
-`data.streams` set it does not hang on how many of those there are. A clip that cannot be decoded leaves its place to silence, so that the order of others
-does not hang on it, and a resumed run can count past clips without decoding them.
+streams, its share of the clips of all shards), so that no clip comes twice. Every batch takes equally many crops of
+each stream. The order hangs on (seed, epoch, stream) only; streams are dealt to processes and their workers, so with
+`data.streams` set it does not hang on how many of those there are. A clip that cannot be decoded leaves its place to
+silence, so that the order of others does not hang on it, and a resumed run can count past clips without decoding them.
 """
 
 from __future__ import annotations
