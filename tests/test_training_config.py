@@ -65,7 +65,7 @@ def test_overrides_reach_nested_settings(tmp_path: Path) -> None:
         ("optimizer: {betas: [0.5]}", "'optimizer.betas'"),
         ("precision: fp8", "'32-true', 'bf16-mixed'"),
         ("latent: both", "'unified'"),
-        ("strategy: fsdp", "ddp"),
+        ("strategy: zero", "ddp"),
         ("loss_weights: {mel: 0}", "nothing to reconstruct"),
         ("discriminator: {multi_frequency: false}", "both are off"),
         ("init: a\nsemantic_weights: b", "drop `semantic_weights`"),
