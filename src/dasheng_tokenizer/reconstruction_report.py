@@ -19,7 +19,7 @@ import numpy.typing as npt
 from dasheng_tokenizer.audio import Array, AudioReader, resample
 from dasheng_tokenizer.errors import AudioError, MissingExtraError, OutputError
 from dasheng_tokenizer.evaluation.metrics import magnitude_spectrogram, mel_distance, pesq_wb, si_sdr, stoi
-from dasheng_tokenizer.files import atomic_path, require_extra
+from dasheng_tokenizer.files import atomic_path, parse_json, require_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +96,7 @@ class Report:
         if not path.exists():
             return cls(Path(folder), {})
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))["files"]
+            rows = parse_json(path.read_text(encoding="utf-8"), finite=False)["files"]
             return cls(Path(folder), {row["file"]: row for row in rows})
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise OutputError(f"{path} is no table of this command; move it away or give another -o") from error

@@ -58,8 +58,9 @@ def report(seed: int, outcome: Outcome, spent: float) -> Report:
         seed=seed,
         tables=[Table("Inputs that led to something that must not happen", ["kind", "inputs", "findings"], rows)],
         notes=[
-            "What must not happen: an exception or exit code that is not foreseen, a message of several lines, a crash, "
-            f"more than {HANG:g} s for one input, a half-written output, a temporary file that stays, or a GiB of memory.",
+            "What must not happen: an exception or exit code that is not foreseen, a message of several lines, a "
+            f"crash, more than {HANG:g} s for one input, a half-written output, a temporary file that stays, or a GiB "
+            "of memory.",
             f"{spent:.0f} s in all, {outcome.slowest:.1f} s for the slowest input; the process grew by "
             f"{outcome.growth:.0f} MiB at most while it read one.",
         ],

@@ -107,7 +107,9 @@ def _hostile_json(data: bytes, rng: random.Random) -> bytes:
     inside = data.replace(b":", b":" + b"[" * DEEP + b"]" * DEEP + b",", 1)
     constants = rng.choice([b"NaN", b"1e999", b"-Infinity", b"9" * 5000, b'"\\ud800"', b"null", b"[]", b"3", b'""'])
     valued = data.replace(b": ", b": " + constants + b', "x": ', 1)
-    return rng.choice([deep, inside, constants, valued, b"\xef\xbb\xbf" + data, data.decode("latin-1").encode("utf-16")])
+    return rng.choice(
+        [deep, inside, constants, valued, b"\xef\xbb\xbf" + data, data.decode("latin-1").encode("utf-16")]
+    )
 
 
 def edit(held: Any, rng: random.Random, depth: int = 0) -> Any:
@@ -193,8 +195,8 @@ YAML = (
     "steps: !!float 1" + "0" * 400, "steps: !!set {a, b}", "steps: !!omap [a: 1]", "model: [a]", "data: 7",
 )  # fmt: skip
 SCALARS = (
-    "-1", "0", "1", "1e400", ".nan", ".inf", "-.inf", "null", "true", "[]", "{}", "''", "[a, 1]", "{a: 1}", "x", "'\\0'",
-    "2020-01-01", "10000000000000000000000", "/nonexistent", "[[[]]]", "!!binary aGk=", "~", "1e-320", '"a\\nb"', "0.5",
+    "-1", "0", "1", "1e400", ".nan", ".inf", "-.inf", "null", "true", "[]", "{}", "''", "[a, 1]", "{a: 1}", "x",
+    "'\\0'", "2020-01-01", "10000000000000000000000", "/nonexistent", "[[[]]]", "!!binary aGk=", "~", "1e-320", '"a\\nb"', "0.5",
 )  # fmt: skip
 
 

@@ -22,8 +22,10 @@ from dasheng_tokenizer.generation.text_encoders import load_text_encoder
 RATE = 16_000
 ROOT = Path(__file__).resolve().parents[2]
 AUDIO = {
-    "wav": ("WAV", "PCM_16"), "float.wav": ("WAV", "FLOAT"), "adpcm.wav": ("WAV", "IMA_ADPCM"), "ext.wav": ("WAVEX", "PCM_24"),
-    "flac": ("FLAC", "PCM_16"), "ogg": ("OGG", "VORBIS"), "opus.ogg": ("OGG", "OPUS"), "mp3": ("MP3", "MPEG_LAYER_III"),
+    "wav": ("WAV", "PCM_16"), "float.wav": ("WAV", "FLOAT"), "adpcm.wav": ("WAV", "IMA_ADPCM"),
+    "ext.wav": ("WAVEX", "PCM_24"),
+    "flac": ("FLAC", "PCM_16"), "ogg": ("OGG", "VORBIS"), "opus.ogg": ("OGG", "OPUS"),
+    "mp3": ("MP3", "MPEG_LAYER_III"),
     "aiff": ("AIFF", "PCM_16"), "au": ("AU", "PCM_16"), "w64.w64": ("W64", "PCM_16"), "rf64.wav": ("RF64", "PCM_16"),
     "caf.caf": ("CAF", "PCM_16"),
 }  # fmt: skip
@@ -64,7 +66,7 @@ def _models(root: Path) -> None:
     tiny().save_pretrained(tokenizer)
     tiny("whisper").save_pretrained(root / "whisper-tokenizer")
     tiny("wavlm").save_pretrained(root / "wave-tokenizer")
-    tiny("vae-like" if False else "dasheng", length_mode="published").save_pretrained(root / "published-tokenizer")
+    tiny(length_mode="published").save_pretrained(root / "published-tokenizer")
     text = root / "text"
     text_encoder(text)
     weights_hash = DashengTokenizerModel.from_pretrained(tokenizer).weights_hash()
@@ -143,7 +145,9 @@ def _lists(root: Path) -> None:
         (manifest / f"{number}.wav").write_bytes(audio_bytes())
         lines.append(json.dumps({"file": f"{number}.wav", "text": "rain", "seed": 1, "labels": {"a": "b"}, "n": 1}))
     (manifest / "generated.jsonl").write_text("\n".join(lines))
-    (manifest / "metrics.json").write_text(json.dumps({"mean": {}, "files": [{"file": "x.wav", "stoi": 0.5, "mel": 1.0}]}))
+    (manifest / "metrics.json").write_text(
+        json.dumps({"mean": {}, "files": [{"file": "x.wav", "stoi": 0.5, "mel": 1.0}]})
+    )
     recipes = root / "recipes"
     recipes.mkdir()
     for path in sorted((ROOT / "recipes").glob("*.yaml")):

@@ -62,7 +62,7 @@ def command(*arguments: object) -> None:
         raise Finding(f"traceback of {argv[0]}: {said[-2500:]}")
     if code and not any(line.startswith(("error:", "usage:")) for line in lines):
         raise Finding(f"exit code {code} of {argv[0]} without an error: {said[-500:]}")
-    odd = [line for line in lines if not line.startswith(("error:", "warning:", "usage:"))]
+    odd = [line for line in lines if not line.startswith(("error:", "warning:", "usage:", "dasheng-tokenizer"))]
     odd = [line for line in odd if "%|" not in line and "it/s" not in line]  # progress bars
     if odd:
         raise Finding(f"{argv[0]} says on more than one line: {odd[0][:300]!r} in {said[-1000:]!r}")
@@ -217,7 +217,7 @@ def requests(case: Case) -> None:
         foreseen(lambda: [request.stem for request in read_requests(case.path)])
         return
     options = ["-o", case.out, "--model", case.seeds / "generator", "--steps", 1]
-    command("generate", "--texts", case.path, *options)
+    command("generate", "--from-file", case.path, *options)
 
 
 def manifest(case: Case) -> None:
@@ -225,7 +225,6 @@ def manifest(case: Case) -> None:
     from dasheng_tokenizer.reconstruction_report import Report
 
     if case.path.name == "metrics.json":
-        report = None
 
         def go_on() -> None:
             report = Report.open(case.folder)
@@ -233,7 +232,6 @@ def manifest(case: Case) -> None:
             report.table()
 
         foreseen(go_on)
-        assert report is None
     else:
         foreseen(lambda: [(facts.text, facts.label("event")) for facts in ClipSet("a", [case.folder]).clips.values()])
 

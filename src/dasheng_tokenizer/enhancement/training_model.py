@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from dasheng_tokenizer.enhancement.denoiser import Denoiser, DenoiserConfig, Den
 from dasheng_tokenizer.enhancement.latent_space import LatentStatistics, whitening
 from dasheng_tokenizer.enhancement.training_configuration import EnhancementConfig
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError
+from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.tokenizer import DashengTokenizerModel
 
 AVERAGE, MODULE = "average.denoiser.", "module.denoiser."
@@ -101,7 +101,7 @@ def averaged_denoiser(config: EnhancementConfig, checkpoint: Path) -> Denoiser:
 
     denoiser = new_denoiser(config, load_tokenizer(config), None)
     try:
-        progress = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["progress"]
+        progress = parse_json((checkpoint / "state.json").read_text(encoding="utf-8"), finite=False)["progress"]
         tensors = load_file(checkpoint / "tensors.safetensors")
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{checkpoint} is no checkpoint, or a damaged one ({error!r}); name another") from error

@@ -6,7 +6,6 @@ is asked for. Needs no more than the core of the package.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dasheng_tokenizer.errors import DataError, ModelMismatchError
+from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.generation.latent_index import (
     AGAIN,
     LatentIndex,
@@ -166,7 +166,7 @@ class LatentDataset(Dataset[LatentItem]):
             first, end = self._lines[shard][place : place + 2]
             with path.open("rb") as file:
                 file.seek(first)
-                row: dict[str, Any] = json.loads(file.read(end - first))
+                row: dict[str, Any] = parse_json(file.read(end - first))
         except (OSError, ValueError) as error:  # also a line too few, and JSON that is none
             raise DataError(f"{path} is damaged ({error}); {AGAIN}") from error
         return row

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dasheng_tokenizer.errors import DataError, ModelMismatchError
-from dasheng_tokenizer.files import atomic_path
+from dasheng_tokenizer.files import atomic_path, parse_json
 
 FORMAT = "dasheng-tokenizer-latents"
 VERSION = 1
@@ -241,7 +241,7 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: missing or damaged.
     """
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is missing or damaged; {AGAIN}") from error
     if not isinstance(held, dict):
