@@ -61,8 +61,7 @@ def load_strictly(load: Callable[..., Any], name: str | Path | None, kwargs: dic
         )
     if kwargs.pop("use_safetensors", True) is False:
         raise CheckpointError(f"{source}: only safetensors are loaded; leave use_safetensors out")
-    if "config" not in kwargs:
-        _check_claims(source, kwargs)
+    _check_claims(source, kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
     # Left to itself, transformers names misshapen weights only in a log; they are named in the error below instead.
     strict = {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
@@ -115,10 +114,18 @@ def _check_claims(source: str, kwargs: Mapping[str, Any]) -> None:
             raise ValueError("no object")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: config.json is damaged ({error}); download or copy it again") from error
-    if not shapes or told.get("model_type") != DashengTokenizerConfig.model_type:
+    config = kwargs.get("config")  # given by the Auto classes, which read it from the same folder
+    if not shapes:
         return
+    kind = told.get("model_type", DashengTokenizerConfig.model_type)
+    if kind != DashengTokenizerConfig.model_type:
+        raise CheckpointError(
+            f"{source}: no model could be loaded: its config.json is of the type {kind!r}, not "
+            f"{DashengTokenizerConfig.model_type!r}; give a folder or hub name of a tokenizer"
+        )
     try:
-        config = DashengTokenizerConfig(**{key: value for key, value in told.items() if key in SIZES})
+        if not isinstance(config, DashengTokenizerConfig):
+            config = DashengTokenizerConfig(**{key: value for key, value in told.items() if key in SIZES})
         refuse_inflated(source, {key: getattr(config, key) for key in SIZES}, shapes)
         with torch.device("meta"):
             wanted = DashengTokenizerModel(config).state_dict()
@@ -172,7 +179,9 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
             else:
                 state.update(load_file(name))
         config_file = folder / "config.json"
-        config = parse_json(config_file.read_text()) if config_file.is_file() else {}
+        config = parse_json(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        if not isinstance(config, dict):
+            raise ValueError("config.json holds no object")
     except Exception as error:  # many kinds: safetensors, zip, unpickler, JSON
         raise CheckpointError(f"{source}: cannot be read ({error}); download or copy it again") from error
     return state, config
@@ -257,6 +266,17 @@ def semantic_settings(source: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: unreadable; ConfigurationError: of a kind that is not supported.
     """
+    try:
+        return _semantic_settings(source)
+    except DashengTokenizerError:
+        raise
+    except Exception as error:  # of any kind where the files hold what nobody expects
+        raise CheckpointError(
+            f"{source}: cannot be read ({type(error).__name__}: {error}); download it again"
+        ) from error
+
+
+def _semantic_settings(source: str | Path) -> dict[str, Any]:
     state, config = read_weights(source)
     kind = config.get("model_type", "dasheng")
     if any(key.endswith("time_pos_embed") for key in state):
@@ -285,10 +305,26 @@ def new_tokenizer(semantic_weights: str | Path, **sizes: Any) -> Any:
     Args:
         semantic_weights: folder or file of a Whisper, WavLM, HuBERT, wav2vec2 or Dasheng encoder.
         sizes: fields of DashengTokenizerConfig, such as decoder_embed_dim.
+
+    Raises:
+        CheckpointError: unreadable, or settings and weights that do not belong together.
+        ConfigurationError: a kind that is not supported, or `sizes` that contradict each other.
     """
     from dasheng_tokenizer.configuration import DashengTokenizerConfig
     from dasheng_tokenizer.tokenizer import DashengTokenizerModel
 
-    model = DashengTokenizerModel(DashengTokenizerConfig(**{**semantic_settings(semantic_weights), **sizes}))
+    settings = semantic_settings(semantic_weights)
+    config = DashengTokenizerConfig(**{**settings, **sizes})
+    state, _ = read_weights(semantic_weights)
+    claimed = {key: getattr(config, key) for key in settings}
+    refuse_inflated(semantic_weights, claimed, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    try:
+        model = DashengTokenizerModel(config)
+    except DashengTokenizerError:
+        raise
+    except Exception as error:  # what a class of transformers raises for settings that it does not expect
+        raise CheckpointError(
+            f"{semantic_weights}: config.json makes no encoder ({type(error).__name__}: {error}); download it again"
+        ) from error
     load_semantic_weights(model, semantic_weights)
     return model

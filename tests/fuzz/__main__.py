@@ -30,16 +30,17 @@ def main() -> int:
     parser.add_argument("--report", type=Path, metavar="JSON", help="write the figures here, for docs/make_results.py")
     arguments = parser.parse_args()
     began, outcome = time.monotonic(), Outcome()
-    with tempfile.TemporaryDirectory() as root, tqdm(total=arguments.count, unit="input") as bar:
+    with tempfile.TemporaryDirectory() as root, tqdm(total=arguments.count, unit="input", disable=None) as bar:
         steps = run(
             Path(root), arguments.seed, arguments.first, arguments.count, arguments.seconds, arguments.keep.resolve()
         )
+        found = 0
         for outcome in steps:
             bar.update()
-            bar.set_postfix(findings=len(outcome.findings))
-    for finding in outcome.findings:
-        last = finding["problem"].strip().splitlines()[-1][:200]
-        print(f"{finding['index']} ({finding['kind']}): {last}")
+            for finding in outcome.findings[found:]:
+                last = finding["problem"].strip().splitlines()[-1][:200]
+                tqdm.write(f"{finding['index']} ({finding['kind']}): {last}")
+            found = len(outcome.findings)
     done, spent = sum(outcome.counts.values()), time.monotonic() - began
     print(f"{done} inputs in {spent:.0f} s, {len(outcome.findings)} findings, growth {outcome.growth:.0f} MiB")
     if arguments.report:

@@ -44,7 +44,16 @@ class Outcome:
     slowest: float = 0.0
 
 
-def run(root: Path, seed: int, first: int, count: int, seconds: float, keep: Path | None = None) -> Iterator[Outcome]:
+def run(
+    root: Path,
+    seed: int,
+    first: int,
+    count: int,
+    seconds: float,
+    keep: Path | None = None,
+    hang: float = HANG,
+    growth: float = GROWTH,
+) -> Iterator[Outcome]:
     """Run the inputs `first` … `first + count - 1`, or as many as the time allows; yields after each.
 
     Args:
@@ -54,10 +63,12 @@ def run(root: Path, seed: int, first: int, count: int, seconds: float, keep: Pat
         count: of inputs.
         seconds: of time.
         keep: where inputs that led to a finding are kept.
+        hang: seconds that one input may take.
+        growth: MiB that the process may grow by.
     """
     outcome, end, index, last = Outcome(), time.monotonic() + seconds, first, first + count
     while index < last and time.monotonic() < end:
-        worker = _Worker(root, seed, index, last)
+        worker = _Worker(root, seed, index, last, hang, growth)
         try:
             for index in range(index, last):  # noqa: B020 (goes on behind an input that killed the process)
                 if time.monotonic() > end:
@@ -84,10 +95,11 @@ def run(root: Path, seed: int, first: int, count: int, seconds: float, keep: Pat
 class _Worker:
     """A process that runs inputs one after the other, each when it is asked for."""
 
-    def __init__(self, root: Path, seed: int, first: int, last: int) -> None:
+    def __init__(self, root: Path, seed: int, first: int, last: int, hang: float, growth: float) -> None:
+        self._hang = hang
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, root, seed, first, last), daemon=True)
+        self._process = context.Process(target=_serve, args=(other, root, seed, first, last, growth), daemon=True)
         self._process.start()
         other.close()
         if not self._pipe.poll(START):
@@ -101,9 +113,9 @@ class _Worker:
         self._pipe.send("next")
         try:
             index = self._pipe.recv()
-            if self._pipe.poll(HANG):
+            if self._pipe.poll(self._hang):
                 return {**self._pipe.recv(), "seconds": time.monotonic() - began}
-            problem = f"no end after {HANG:g} s"
+            problem = f"no end after {self._hang:g} s"
         except EOFError:
             self._process.join(5)
             problem = f"the process died with code {self._process.exitcode}"
@@ -115,7 +127,7 @@ class _Worker:
         self._pipe.close()
 
 
-def _serve(pipe: Connection, root: Path, seed: int, first: int, last: int) -> None:
+def _serve(pipe: Connection, root: Path, seed: int, first: int, last: int, most_growth: float) -> None:
     import torch
 
     from fuzz.seeds import make_seeds
@@ -143,7 +155,7 @@ def _serve(pipe: Connection, root: Path, seed: int, first: int, last: int) -> No
         except BaseException:
             problem = traceback.format_exc()[-4000:]
         growth = _peak() - before
-        if not problem and growth > GROWTH:
+        if not problem and growth > most_growth:
             problem = f"grew by {growth:.0f} MiB"
         pipe.send({"kind": kind, "problem": problem, "growth": growth})
 

@@ -169,6 +169,8 @@ class LatentDataset(Dataset[LatentItem]):
                 row: dict[str, Any] = parse_json(file.read(end - first))
         except (OSError, ValueError) as error:  # also a line too few, and JSON that is none
             raise DataError(f"{path} is damaged ({error}); {AGAIN}") from error
+        if not _is_row(row):
+            raise DataError(f"{path} is damaged: line {place + 1} has no key, captions and labels; {AGAIN}")
         return row
 
     def _latents(self, shard: int, place: int, clip: int) -> Tensor:
@@ -189,3 +191,11 @@ class LatentDataset(Dataset[LatentItem]):
         if shard not in held:
             held[shard] = safe_open(path, framework="pt")
         return held[shard]
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a line says what `LatentItem` needs."""
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str) or not isinstance(row.get("labels"), dict):
+        return False
+    captions = row.get("captions")
+    return isinstance(captions, list) and bool(captions) and all(isinstance(caption, str) for caption in captions)
