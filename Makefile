@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 CODE := src tests benchmarks examples recipes space docs/make_results.py docs/make_configuration.py
 
-.PHONY: install demo test lint bench results docs clean
+.PHONY: install demo test lint fuzz bench results docs clean
 
 install: $(VENV)/.installed-dev
 
@@ -25,6 +25,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed-demo
 	$(PIP) install --quiet -c constraints.txt -e ".[all]"
 	$(PIP) install --quiet -c constraints.txt --no-deps resemblyzer
 	touch $@
+
+# Ten thousand damaged files through all readers and commands. What leads to a finding is kept in fuzz-findings.
+fuzz: $(VENV)/.installed-dev
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --count 10000 --seconds 1800 --seed 0
 
 # Reconstructs three real clips with the embedded default.
 demo: $(VENV)/.installed-demo

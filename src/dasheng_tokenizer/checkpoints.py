@@ -69,6 +69,8 @@ def load_strictly(load: Callable[..., Any], name: str | Path | None, kwargs: dic
     defaults = {"dtype": torch.float32}
     try:
         model, info = load(source, **{**defaults, **kwargs, **strict})
+    except ConfigurationError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     except DashengTokenizerError:
         raise
     except SafetensorError as error:
@@ -167,7 +169,7 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     path = Path(source)
     folder = path if path.is_dir() else path.parent
     names = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    refuse_other_weights(folder)
+    refuse_other_weights(path)
     if not names or not names[0].is_file():
         raise CheckpointError(f"{source}: no weights found; give a folder with *.safetensors, or such a file")
     state: dict[str, Tensor] = {}

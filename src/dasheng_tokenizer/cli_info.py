@@ -59,7 +59,7 @@ def _model(name: str | None) -> dict[str, Any]:
         "length mode": config.length_mode,
         "weights hash": model.weights_hash(),
     }
-    facts |= {f"provenance: {key}": value for key, value in config.provenance.items()}
+    facts |= {one_line(f"provenance: {key}"): value for key, value in config.provenance.items()}
     return facts
 
 

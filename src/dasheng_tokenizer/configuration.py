@@ -138,7 +138,7 @@ class DashengTokenizerConfig(PreTrainedConfig):
         for name in _WHOLE:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < (0 if name.endswith("depth") else 1):
-                raise ConfigurationError(f"{name} is {value!r}; it must be a whole number above 0")
+                raise ConfigurationError(f"{name} {value!r} must be a whole number above 0")
         if self.length_mode not in LENGTH_MODES:
             raise ConfigurationError(f"length_mode {self.length_mode!r} is not one of {', '.join(LENGTH_MODES)}")
         if self.istft_hop * self.upsample_tokens != SAMPLES_PER_TOKEN or self.hop_length * 4 != SAMPLES_PER_TOKEN:

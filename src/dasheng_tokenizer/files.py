@@ -151,12 +151,13 @@ def parse_json(data: str | bytes, finite: bool = True) -> Any:
 
     Args:
         data: the whole document.
-        finite: refuse NaN and infinite numbers, which JSON does not know.
+        finite: refuse NaN and infinite numbers, which JSON does not know, and whole numbers of more than 64 bits.
 
     Raises:
         ValueError: no JSON, no UTF-8, nested too deep, or a number beyond what is finite or has thousands of digits.
     """
-    options: dict[str, Any] = {"parse_constant": _refuse_number, "parse_float": _finite} if finite else {}
+    strict = {"parse_constant": _refuse_number, "parse_float": _finite, "parse_int": _of_64_bits}
+    options: dict[str, Any] = strict if finite else {}
     try:
         return json.loads(data, **options)
     except RecursionError as error:
@@ -165,6 +166,10 @@ def parse_json(data: str | bytes, finite: bool = True) -> Any:
 
 def _refuse_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number")
+
+
+def _of_64_bits(text: str) -> int:
+    return int(text) if len(text) <= 20 else _refuse_number(f"{text[:20]}…")
 
 
 def _finite(text: str) -> float:

@@ -97,8 +97,10 @@ class Report:
             return cls(Path(folder), {})
         try:
             rows = parse_json(path.read_text(encoding="utf-8"), finite=False)["files"]
-            return cls(Path(folder), {row["file"]: row for row in rows})
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            if not all(_is_figure(row.get(name)) for row in rows for name in METRICS):
+                raise ValueError("a figure is no number")
+            return cls(Path(folder), {str(row["file"]): row for row in rows})
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise OutputError(f"{path} is no table of this command; move it away or give another -o") from error
 
     def add(self, row: dict[str, Any]) -> None:
@@ -192,3 +194,7 @@ def draw(path: Path, original: Array, decoded: Array, title: str) -> None:
     figure = picture(original, decoded, title)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))

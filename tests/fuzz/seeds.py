@@ -146,7 +146,7 @@ def _lists(root: Path) -> None:
         lines.append(json.dumps({"file": f"{number}.wav", "text": "rain", "seed": 1, "labels": {"a": "b"}, "n": 1}))
     (manifest / "generated.jsonl").write_text("\n".join(lines))
     (manifest / "metrics.json").write_text(
-        json.dumps({"mean": {}, "files": [{"file": "x.wav", "stoi": 0.5, "mel": 1.0}]})
+        json.dumps({"mean": {}, "files": [{"file": "x.wav", "stoi": 0.5, "mel_distance": 1.0}]})
     )
     recipes = root / "recipes"
     recipes.mkdir()

@@ -228,7 +228,7 @@ def manifest(case: Case) -> None:
 
         def go_on() -> None:
             report = Report.open(case.folder)
-            report.add({"file": "y.wav", "stoi": 0.5, "mel": 1.0})
+            report.add({"file": "y.wav", "stoi": 0.5, "mel_distance": 1.0})
             report.table()
 
         foreseen(go_on)

@@ -153,8 +153,11 @@ class LatentDataset(Dataset[LatentItem]):
             if not stem.with_suffix(suffix).is_file():
                 raise DataError(f"{stem.with_suffix(suffix)} is missing; {AGAIN}")
         try:
-            return np.array(read_json(stem.with_suffix(".json"))["tokens"], dtype=np.int64)
-        except (KeyError, TypeError, ValueError) as error:
+            counts = np.array(read_json(stem.with_suffix(".json"))["tokens"], dtype=np.int64)
+            if counts.ndim != 1 or not len(counts) or counts.min() < 1:
+                raise ValueError("its token counts are none")
+            return counts
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{stem.with_suffix('.json')} is damaged ({error!r}); {AGAIN}") from error
 
     def _row(self, shard: int, place: int) -> dict[str, Any]:

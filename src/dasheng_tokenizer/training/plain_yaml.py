@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 MOST_CHARACTERS = 1_000_000
+LARGEST = 2**64
 DEEPEST = 50
 """Nested groups. The parser of PyYAML recurses; recipes need four."""
 
@@ -44,16 +45,18 @@ def parse_yaml(text: str) -> Any:
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         # PyYAML's constructors let through whatever int(), float(), dates and base64 raise.
         raise ValueError(str(error) or type(error).__name__) from error
-    _check_keys(held)
+    _check_plain(held)
     return held
 
 
-def _check_keys(held: Any) -> None:
+def _check_plain(held: Any) -> None:
     if isinstance(held, dict):
         for key, value in held.items():
             if not isinstance(key, str):
                 raise ValueError(f"the key {key!r} is not a name; put it into quotes")
-            _check_keys(value)
+            _check_plain(value)
     elif isinstance(held, list):
         for value in held:
-            _check_keys(value)
+            _check_plain(value)
+    elif isinstance(held, int) and abs(held) > LARGEST:
+        raise ValueError("a whole number has more than 64 bits")
