@@ -253,6 +253,7 @@ def test_a_damaged_line_of_a_folder_of_latents_is_named(latents: Path, spoil: Ca
         ("index.json", {"shards": 10**9}),
         ("index.json", {"clips": None}),
         ("index.json", {"mean": {}}),
+        ("index.json", {"mean": [0.0]}),
         ("latents-00000.json", {"tokens": 3}),
         ("latents-00000.json", {"tokens": [10**30]}),
     ],

@@ -193,7 +193,8 @@ class LatentIndex:
             )
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise DataError(f"{path} is damaged ({error!r}); {AGAIN}") from error
-        if index.latent_dim != len(index.mean) or not bool(torch.isfinite(index.mean + index.std).all()):
+        widths = {tuple(index.mean.shape), tuple(index.std.shape)}
+        if widths != {(index.latent_dim,)} or not bool(torch.isfinite(index.mean + index.std).all()):
             raise DataError(f"{path} is damaged: mean and standard deviation do not fit; {AGAIN}")
         return index
 
