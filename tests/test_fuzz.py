@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from dasheng_tokenizer.errors import DataError
-from fuzz import targets
+from fuzz import runner, targets
 from fuzz.runner import run
 from fuzz.targets import KINDS, Case, Finding, check_outputs, command, foreseen
 
-INPUTS = 200
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the run watches memory as Linux tells"
+)
+
+INPUTS = 160
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +27,27 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_damaged_inputs_lead_to_named_errors(root: Path) -> None:
-    outcome = list(run(root, seed=1, first=0, count=INPUTS, seconds=300))[-1]
+    outcome = list(run(root, seed=1, first=0, count=INPUTS, seconds=1e9, hang=120.0))[-1]
     assert not outcome.findings, outcome.findings
     assert set(outcome.counts) == set(KINDS) and sum(outcome.counts.values()) == INPUTS
 
 
 @pytest.mark.slow
-def test_hangs_and_growth_are_found_and_the_run_goes_on(root: Path) -> None:
-    hung = list(run(root, seed=1, first=0, count=1, seconds=300, hang=0.0))[-1]
-    assert [(finding["index"], finding["problem"]) for finding in hung.findings] == [(0, "no end after 0 s")]
-    grown = list(run(root, seed=1, first=0, count=3, seconds=300, growth=-1e9))[-1]
-    assert [finding["index"] for finding in grown.findings] == [0, 1, 2]
+def test_an_input_without_end_is_a_finding_and_the_run_goes_on(root: Path, tmp_path: Path) -> None:
+    outcome = list(run(root, seed=1, first=0, count=2, seconds=1e9, keep=tmp_path, hang=0.0))[-1]
+    assert [(finding["index"], finding["problem"]) for finding in outcome.findings] == [
+        (0, "no end after 0 s"),
+        (1, "no end after 0 s"),
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"1-0", "1-0.txt", "1-1", "1-1.txt"}
+
+
+def test_growth_is_measured_at_its_peak() -> None:
+    before = runner.restart_peak()
+    held = bytearray(100 * 2**20)
+    held[::4096] = b"x" * len(held[::4096])
+    del held
+    assert runner.peak() - before > 50
 
 
 def raises(error: Exception) -> Callable[[], None]:

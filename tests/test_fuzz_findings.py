@@ -291,7 +291,8 @@ def test_a_table_of_another_kind_is_not_gone_on_with(table: Any, tmp_path: Path)
         Report.open(tmp_path)
 
 
-def test_a_feature_extractor_with_odd_settings_is_named(tmp_path: Path) -> None:
-    (tmp_path / "preprocessor_config.json").write_text("3.5")
+@pytest.mark.parametrize("held", ["3.5", "[" * 100_000])
+def test_a_feature_extractor_with_odd_settings_is_named(held: str, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(held)
     with pytest.raises(CheckpointError):
         DashengTokenizerFeatureExtractor.from_pretrained(tmp_path)

@@ -37,6 +37,18 @@ class DashengTokenizerFeatureExtractor(SequenceFeatureExtractor):  # type: ignor
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
 
     @classmethod
+    def get_feature_extractor_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """Part of `from_pretrained`: reads preprocessor_config.json.
+
+        Raises:
+            CheckpointError: it is nested too deep.
+        """
+        try:
+            return super().get_feature_extractor_dict(*args, **kwargs)
+        except RecursionError as error:
+            raise CheckpointError("preprocessor_config.json is nested too deep; download or copy it again") from error
+
+    @classmethod
     def from_dict(cls, feature_extractor_dict: Any, **kwargs: Any) -> Any:
         """Part of `from_pretrained`: from the entries of preprocessor_config.json.
 

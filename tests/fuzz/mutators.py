@@ -133,7 +133,7 @@ def edit(held: Any, rng: random.Random, depth: int = 0) -> Any:
             return held[: place + 1] + held[place:]
         return [*held[:place], edit(held[place], rng, depth + 1), *held[place + 1 :]]
     if isinstance(held, (int, float)) and not isinstance(held, bool) and rng.random() < 0.4:
-        return rng.choice([held + 1, held - 1, held * 1000, -held, held / 2, str(held)])
+        return rng.choice([held + 1, held - 1, held * 1000, -held, held // 2, str(held)])
     return rng.choice(VALUES)
 
 

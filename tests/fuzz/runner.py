@@ -147,14 +147,14 @@ def _serve(pipe: Connection, root: Path, seed: int, first: int, last: int, most_
         pipe.send(index)
         kind, problem = kind_of(index), ""
         case = make_case(seeds, root / "work", seed, index)
-        before = _restart_peak()
+        before = restart_peak()
         try:
             run_case(case, kind)
         except Finding as finding:
             problem = str(finding)
         except BaseException:
             problem = traceback.format_exc()[-4000:]
-        growth = _peak() - before
+        growth = peak() - before
         if not problem and growth > most_growth:
             problem = f"grew by {growth:.0f} MiB"
         pipe.send({"kind": kind, "problem": problem, "growth": growth})
@@ -190,11 +190,11 @@ def _status(name: str) -> float:
     return 0.0
 
 
-def _restart_peak() -> float:
+def restart_peak() -> float:
     """Let the peak be counted anew; MiB held now."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS") / 1024
 
 
-def _peak() -> float:
+def peak() -> float:
     return _status("VmHWM") / 1024
