@@ -48,6 +48,9 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/speed.py --report docs/reports/speed.json
+	$(BIN)/python benchmarks/throughput.py --report docs/reports/throughput.json
+	$(BIN)/python benchmarks/busy_neighbour.py --report docs/reports/busy_neighbour.json
+	$(BIN)/python benchmarks/training_step.py --report docs/reports/training_step.json
 	$(BIN)/python docs/make_results.py
 
 results: $(VENV)/.installed-dev
