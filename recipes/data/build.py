@@ -27,7 +27,7 @@ from comparison import compare
 from corpus_statistics import measure
 from decoding import SAMPLING_RATE, Samples, within_full_scale
 from shards import encoded, fingerprints, numbered, without_copies, write_shards
-from sources import listed_clips, listed_rows, load_rules, package_of, ruled_clips
+from sources import listed_clips, listed_rows, load_rules, package_of, rerendered_notes, ruled_clips
 from tqdm import tqdm
 
 from dasheng_tokenizer.errors import DashengTokenizerError, DataError
@@ -90,7 +90,9 @@ class Builder:
         }
         known = {row["group"]: row["split"] for row in corpus}
         for rule in rules:
-            for row, audio in ruled_clips(rule, folder, taken, known):
+            again = "sound_font" in rule
+            clips = rerendered_notes(rule, folder, corpus) if again else ruled_clips(rule, folder, taken, known)
+            for row, audio in clips:
                 yield row | {"part": "wide"}, audio
 
     def _at_speeds(self, row: Row, audio: Samples) -> Iterator[tuple[Row, Samples]]:
