@@ -264,8 +264,9 @@ class Denoiser(nn.Module):
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise damaged(path, error) from error
         check_weights(path, KIND, model.state_dict(), state)
-        model.load_state_dict(state, assign=True)
-        return model.float().eval()
+        # Before they are assigned: norms keep the type that they have when the model is cast.
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+        return model.eval()
 
 
 def embedded_denoiser() -> Path:
