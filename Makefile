@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 CODE := src tests benchmarks examples recipes space docs/make_results.py docs/make_configuration.py
 
-.PHONY: install demo test lint bench results docs clean
+.PHONY: install demo test lint fuzz bench results docs clean
 
 install: $(VENV)/.installed-dev
 
@@ -26,6 +26,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed-demo
 	$(PIP) install --quiet -c constraints.txt --no-deps resemblyzer
 	touch $@
 
+# Ten thousand damaged files through all readers and commands. What leads to a finding is kept in fuzz-findings.
+fuzz: $(VENV)/.installed-dev
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --count 10000 --seconds 1800 --seed 0
+
 # Reconstructs three real clips with the embedded default.
 demo: $(VENV)/.installed-demo
 	$(BIN)/dasheng-tokenizer reconstruct src/dasheng_tokenizer/embedded/clips -o demo-output --overwrite
@@ -44,6 +48,9 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/speed.py --report docs/reports/speed.json
+	$(BIN)/python benchmarks/throughput.py --report docs/reports/throughput.json
+	$(BIN)/python benchmarks/busy_neighbour.py --report docs/reports/busy_neighbour.json
+	$(BIN)/python benchmarks/training_step.py --report docs/reports/training_step.json
 	$(BIN)/python docs/make_results.py
 
 results: $(VENV)/.installed-dev

@@ -6,14 +6,15 @@ python recipes/export_checkpoint.py RECIPE CHECKPOINT OUT [key=value …]     (t
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
-
-from safetensors.torch import load_file
 
 from dasheng_tokenizer.generation.training import averaged_generator
 from dasheng_tokenizer.generation.training_configuration import load_generator_recipe
 from dasheng_tokenizer.training import build_model
+from dasheng_tokenizer.training.checkpoint_tensors import open_tensors
 from dasheng_tokenizer.training.configuration import load_recipe, read_settings
+from dasheng_tokenizer.training.loop import seed_everything
 from dasheng_tokenizer.training.tokenizer_state import remove_injection
 
 PREFIX, HELD = "average.tokenizer.", "module.tokenizer."
@@ -32,12 +33,14 @@ def main() -> None:
         averaged_generator(recipe, arguments.checkpoint).save_pretrained(arguments.output)
         return
     config = load_recipe(arguments.recipe, arguments.overrides)
+    seed_everything(config.seed)  # a fresh encoder, without semantic_weights, is the one of the run
     model = build_model(config)
     if config.latent == "semantic":
         remove_injection(model)
     if config.freeze_acoustic:
         model.freeze_acoustic_layer()
-    tensors = load_file(arguments.checkpoint / "tensors.safetensors")
+    state = json.loads((arguments.checkpoint / "state.json").read_text(encoding="utf-8"))
+    tensors = open_tensors(arguments.checkpoint, state).state("")
     averaged = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
     if set(averaged) != {name for name, _ in model.trainable_parameters()}:
         raise SystemExit(f"{arguments.checkpoint} does not fit the recipe {arguments.recipe}")

@@ -28,6 +28,7 @@ from archive import fetch, load_packages  # noqa: E402
 from build import main  # noqa: E402
 from containers import unpack_containers  # noqa: E402
 from decoding import trim_silence  # noqa: E402
+from instruments import midi_events  # noqa: E402
 from shards import fingerprints, without_copies  # noqa: E402
 from sources import cut, load_rules, split_of  # noqa: E402
 
@@ -260,9 +261,8 @@ def test_containers_give_their_audio_and_write_nowhere_else(tmp_path: Path) -> N
 
 def test_the_shipped_lists_fit_each_other() -> None:
     packages = load_packages(RECIPE / "packages.yaml")
-    rules = load_rules(RECIPE / "wide.yaml")
+    rules = [rule for name in ("wide", "more") for rule in load_rules(RECIPE / f"{name}.yaml")]
     assert {rule["package"] for rule in rules} <= packages.keys()
-    assert all(set(rule) >= {"labels"} for rule in rules)
     listed = [json.loads(line) for line in lzma.decompress((RECIPE / "corpus.jsonl.xz").read_bytes()).splitlines()]
     assert {row["source_package"] for row in listed} <= packages.keys()
     sides: dict[tuple[str, str], set[str]] = {}
@@ -305,3 +305,52 @@ def test_copies_are_found_whatever_their_codec(tmp_path: Path) -> None:
         marked.append(row | {"file": str(tmp_path / f"{name}.wav"), "exact": exact, "curve": curve})
     kept, dropped = without_copies(marked[:1], marked[1:])
     assert [Path(row["file"]).stem for row in kept] == ["3-alike", "4-longer"] and dropped == 2
+
+
+def test_notes_of_a_piece_come_without_its_drums_and_in_seconds(tmp_path: Path) -> None:
+    mido = pytest.importorskip("mido")
+    track = mido.MidiTrack()
+    track += [
+        mido.MetaMessage("set_tempo", tempo=1_000_000),  # a beat a second
+        mido.Message("program_change", channel=2, program=40),
+        mido.Message("note_on", channel=2, note=60, velocity=80, time=480),
+        mido.Message("note_on", channel=9, note=36, velocity=80),
+        mido.Message("control_change", channel=2, control=7, value=1),
+        mido.Message("note_on", channel=2, note=60, velocity=0, time=240),
+    ]
+    file = mido.MidiFile(ticks_per_beat=480)
+    file.tracks.append(track)
+    file.save(tmp_path / "piece.mid")
+    events = [(event.second, event.kind, event.values) for event in midi_events(tmp_path / "piece.mid")]
+    assert events == [
+        (0.0, "program_change", (2, 40)),
+        (1.0, "noteon", (2, 60, 80)),
+        (1.5, "noteoff", (2, 60)),
+    ]
+    (tmp_path / "no.mid").write_bytes(b"no MIDI")
+    with pytest.raises(DataError, match=r"no\.mid"):
+        midi_events(tmp_path / "no.mid")
+
+
+def test_notes_of_another_sound_font_keep_their_side(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import sources
+
+    class Player:
+        def __init__(self, font: Path) -> None:
+            assert font == tmp_path / "font.sf2"
+
+        def __enter__(self) -> Player:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def note(self, labels: dict[str, int], seconds: float) -> np.ndarray:
+            return noise(seconds, 0, level=0.1 if labels["pitch"] < 100 else 0.0)
+
+    monkeypatch.setattr(sources, "SoundFontPlayer", Player)
+    row = {"subset": "note", "split": "test", "group": "gm:001", "duration_s": 1.5, "key": "k", "shard": "s"}
+    corpus = [row | {"labels": {"pitch": pitch}} for pitch in (60, 100)] + [row | {"subset": "clip"}]
+    rule = {"package": "font", "license": "free", "sound_font": "font.sf2"}
+    made = [row for row, _ in sources.rerendered_notes(rule, tmp_path, corpus)]
+    assert [(row["split"], row["group"], row["labels"]["pitch"]) for row in made] == [("test", "gm:001", 60)]
+    assert made[0]["source_package"] == "font" and "key" not in made[0]

@@ -310,7 +310,7 @@ def cut_in_half(folder: Path) -> None:
         (poison, "NaN"),
         (swell, "NaN or infinity"),
         (pickled_only, "safetensors"),
-        (cut_in_half, "could be loaded"),
+        (cut_in_half, "weights are damaged"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "could be loaded"),
         (lambda folder: (folder / "config.json").write_text("{"), "could be loaded"),
         (lambda folder: (folder / "config.json").unlink(), "could be loaded"),

@@ -27,7 +27,7 @@ from comparison import compare
 from corpus_statistics import measure
 from decoding import SAMPLING_RATE, Samples, within_full_scale
 from shards import encoded, fingerprints, numbered, without_copies, write_shards
-from sources import listed_clips, listed_rows, load_rules, package_of, ruled_clips
+from sources import listed_clips, listed_rows, load_rules, package_of, rerendered_notes, ruled_clips
 from tqdm import tqdm
 
 from dasheng_tokenizer.errors import DashengTokenizerError, DataError
@@ -90,7 +90,9 @@ class Builder:
         }
         known = {row["group"]: row["split"] for row in corpus}
         for rule in rules:
-            for row, audio in ruled_clips(rule, folder, taken, known):
+            again = "sound_font" in rule
+            clips = rerendered_notes(rule, folder, corpus) if again else ruled_clips(rule, folder, taken, known)
+            for row, audio in clips:
                 yield row | {"part": "wide"}, audio
 
     def _at_speeds(self, row: Row, audio: Samples) -> Iterator[tuple[Row, Samples]]:
@@ -156,7 +158,9 @@ def main() -> None:
     )
     parser.add_argument("--packages", type=Path, default=HERE / "packages.yaml", help="list of packages")
     parser.add_argument("--clips", type=Path, default=HERE / "corpus.jsonl.xz", help="list of the corpus' clips")
-    parser.add_argument("--rules", type=Path, default=HERE / "wide.yaml", help="rules of the wider corpus")
+    parser.add_argument(
+        "--rules", type=Path, nargs="+", default=[HERE / "wide.yaml"], help="rules of the wider corpus, in YAML"
+    )
     parser.add_argument("--wide", action="store_true", help="add the clips that the rules give")
     parser.add_argument("--speeds", type=float, nargs="+", default=[], help="add training clips played at these speeds")
     parser.add_argument("--compare", type=Path, help="build nothing; compare OUTPUT with this corpus")
@@ -168,7 +172,7 @@ def main() -> None:
         work = arguments.work or arguments.output / "work"
         lock = _only_user(work)
         builder = Builder(work, arguments.mirror, load_packages(arguments.packages), arguments.speeds)
-        rules = load_rules(arguments.rules) if arguments.wide else []
+        rules = [rule for path in arguments.rules for rule in load_rules(path)] if arguments.wide else []
         with lock:
             statistics = build(builder, arguments.output, listed_rows(arguments.clips), rules)
     except DashengTokenizerError as error:

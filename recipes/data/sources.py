@@ -82,12 +82,25 @@ def load_rules(path: Path) -> list[Row]:
     Raises:
         DataError: the file cannot be read, or a rule lacks a field.
     """
-    needed = {"package", "files", "domain", "subset", "license", "caption", "group", "split"}
+    of_files = {"package", "files", "domain", "subset", "license", "caption", "labels", "group", "split"}
     rules = yaml.safe_load(path.read_text(encoding="utf-8"))
     for rule in rules:
-        if missing := needed - rule.keys():
+        if missing := ({"package", "license"} if "sound_font" in rule else of_files) - rule.keys():
             raise DataError(f"a rule of {path} for {rule.get('package')} lacks {', '.join(sorted(missing))}")
     return rules
+
+
+def rerendered_notes(rule: Row, folder: Path, corpus: list[Row]) -> Iterator[tuple[Row, Samples]]:
+    """The single notes of the corpus, played with the sound font of another package; programs keep their side."""
+    with SoundFontPlayer(folder / rule["sound_font"]) as player:
+        for row in corpus:
+            if row["subset"] == "note":
+                changes = {"source_package": rule["package"], "license": rule["license"]}
+                labels = row["labels"] | {"sound_font": rule["package"]}
+                public = {key: value for key, value in row.items() if key not in ("key", "shard", "format")}
+                audio = player.note(row["labels"], row["duration_s"])
+                if np.mean(audio**2) > 10 ** (QUIETEST_DBFS / 10):
+                    yield public | changes | {"labels": labels}, audio
 
 
 def split_of(rule: Row, group: str, known: dict[str, str]) -> str:

@@ -6,9 +6,8 @@ restricted unpickler (`weights_only=True`), because its authors publish nothing 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dasheng_tokenizer.checkpoint_sizes import refuse_inflated, refuse_other_weights, stored_shapes
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, DashengTokenizerError
+from dasheng_tokenizer.files import parse_json
 
 PUBLISHED = "mispeech/dashengtokenizer"
 """Hub name of the authors' weights."""
@@ -37,6 +38,14 @@ WHISPER_FIELDS = (
 )
 
 
+SIZES = (
+    *("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_intermediate_size"),
+    *("istft_n_fft", "istft_hop", "upsample_tokens", "n_mels_patch", "hop_length", "semantic_encoder"),
+    *("normalize_semantic", "length_mode", "latent_kind", "vae_dim", "vae_depth"),
+)
+"""Fields of config.json that decide about the weights."""
+
+
 def embedded_default() -> Path:
     """Folder of the model that ships inside the package."""
     return Path(str(files("dasheng_tokenizer") / "embedded" / "default"))
@@ -50,20 +59,25 @@ def load_strictly(load: Callable[..., Any], name: str | Path | None, kwargs: dic
             f"{source}: no such folder, and not a hub name of the form OWNER/NAME such as {PUBLISHED}; leave it out "
             "for the embedded default"
         )
+    if kwargs.pop("use_safetensors", True) is False:
+        raise CheckpointError(f"{source}: only safetensors are loaded; leave use_safetensors out")
+    _check_claims(source, kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
     # Left to itself, transformers names misshapen weights only in a log; they are named in the error below instead.
-    strict = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    strict = {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
     # float32 even where the file is float16: half precision is an option for speed, never a surprise.
-    defaults = {"use_safetensors": True, "dtype": torch.float32}
+    defaults = {"dtype": torch.float32}
     try:
         model, info = load(source, **{**defaults, **kwargs, **strict})
+    except ConfigurationError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     except DashengTokenizerError:
         raise
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise CheckpointError(
             f"{source}: the weights or config.json are damaged ({error}); download or copy it again"
         ) from error
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except Exception as error:  # of any kind where config.json holds what transformers does not expect
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{source}: no model could be loaded ({reason}). Give a folder with config.json and model.safetensors, a "
@@ -82,6 +96,67 @@ def load_strictly(load: Callable[..., Any], name: str | Path | None, kwargs: dic
     return (model, info) if wants_info else model
 
 
+def _check_claims(source: str, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what config.json claims and the weights are not, before a model of that size is made.
+
+    Raises:
+        CheckpointError: other weights than safetensors, damaged files, or sizes that these weights cannot have.
+    """
+    from dasheng_tokenizer.configuration import DashengTokenizerConfig
+    from dasheng_tokenizer.tokenizer import DashengTokenizerModel
+
+    folder = _local_folder(source, kwargs)
+    if folder is None or not (folder / "config.json").is_file():
+        return  # transformers names what is missing
+    refuse_other_weights(folder)
+    shapes = stored_shapes(folder)
+    try:
+        told = parse_json((folder / "config.json").read_bytes())
+        if not isinstance(told, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: config.json is damaged ({error}); download or copy it again") from error
+    config = kwargs.get("config")  # given by the Auto classes, which read it from the same folder
+    if not shapes:
+        return
+    kind = told.get("model_type", DashengTokenizerConfig.model_type)
+    if kind != DashengTokenizerConfig.model_type:
+        raise CheckpointError(
+            f"{source}: no model could be loaded: its config.json is of the type {kind!r}, not "
+            f"{DashengTokenizerConfig.model_type!r}; give a folder or hub name of a tokenizer"
+        )
+    try:
+        if not isinstance(config, DashengTokenizerConfig):
+            config = DashengTokenizerConfig(**{key: value for key, value in told.items() if key in SIZES})
+        refuse_inflated(source, {key: getattr(config, key) for key in SIZES}, shapes)
+        with torch.device("meta"):
+            wanted = DashengTokenizerModel(config).state_dict()
+    except DashengTokenizerError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    except Exception as error:  # what a class of transformers raises for settings that it does not expect
+        raise CheckpointError(f"{source}: config.json makes no model ({type(error).__name__}: {error})") from error
+    wrong = sorted(name for name, tensor in wanted.items() if shapes.get(name, tensor.shape) != tuple(tensor.shape))
+    if wrong:
+        raise CheckpointError(
+            f"{source}: mismatched keys: {', '.join(wrong[:5])}. This is not a complete checkpoint of the architecture "
+            "in its config.json; export it again with save_pretrained"
+        )
+
+
+def _local_folder(source: str, kwargs: Mapping[str, Any]) -> Path | None:
+    """The folder, or that of the cache that the hub's JSON and safetensors were downloaded to; None: not to be had."""
+    subfolder = kwargs.get("subfolder") or ""
+    if Path(source).is_dir():
+        return Path(source) / subfolder
+    from huggingface_hub import snapshot_download
+
+    options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"], **options)) / subfolder
+    except Exception:  # network, names, permissions: transformers says it better
+        return None
+
+
 # ---------------------------------------------------------------------- frozen encoders
 
 
@@ -94,6 +169,7 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     path = Path(source)
     folder = path if path.is_dir() else path.parent
     names = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    refuse_other_weights(path)
     if not names or not names[0].is_file():
         raise CheckpointError(f"{source}: no weights found; give a folder with *.safetensors, or such a file")
     state: dict[str, Tensor] = {}
@@ -105,7 +181,9 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
             else:
                 state.update(load_file(name))
         config_file = folder / "config.json"
-        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        config = parse_json(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        if not isinstance(config, dict):
+            raise ValueError("config.json holds no object")
     except Exception as error:  # many kinds: safetensors, zip, unpickler, JSON
         raise CheckpointError(f"{source}: cannot be read ({error}); download or copy it again") from error
     return state, config
@@ -190,6 +268,17 @@ def semantic_settings(source: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: unreadable; ConfigurationError: of a kind that is not supported.
     """
+    try:
+        return _semantic_settings(source)
+    except DashengTokenizerError:
+        raise
+    except Exception as error:  # of any kind where the files hold what nobody expects
+        raise CheckpointError(
+            f"{source}: cannot be read ({type(error).__name__}: {error}); download it again"
+        ) from error
+
+
+def _semantic_settings(source: str | Path) -> dict[str, Any]:
     state, config = read_weights(source)
     kind = config.get("model_type", "dasheng")
     if any(key.endswith("time_pos_embed") for key in state):
@@ -208,7 +297,7 @@ def semantic_settings(source: str | Path) -> dict[str, Any]:
     settings: dict[str, Any] = {"kind": kind, "config": inner}
     preprocessor = Path(source) / "preprocessor_config.json"
     if kind != "whisper" and preprocessor.is_file():
-        settings["normalize"] = bool(json.loads(preprocessor.read_text()).get("do_normalize", True))
+        settings["normalize"] = bool(parse_json(preprocessor.read_text()).get("do_normalize", True))
     return {"semantic_encoder": settings}
 
 
@@ -218,10 +307,26 @@ def new_tokenizer(semantic_weights: str | Path, **sizes: Any) -> Any:
     Args:
         semantic_weights: folder or file of a Whisper, WavLM, HuBERT, wav2vec2 or Dasheng encoder.
         sizes: fields of DashengTokenizerConfig, such as decoder_embed_dim.
+
+    Raises:
+        CheckpointError: unreadable, or settings and weights that do not belong together.
+        ConfigurationError: a kind that is not supported, or `sizes` that contradict each other.
     """
     from dasheng_tokenizer.configuration import DashengTokenizerConfig
     from dasheng_tokenizer.tokenizer import DashengTokenizerModel
 
-    model = DashengTokenizerModel(DashengTokenizerConfig(**{**semantic_settings(semantic_weights), **sizes}))
+    settings = semantic_settings(semantic_weights)
+    config = DashengTokenizerConfig(**{**settings, **sizes})
+    state, _ = read_weights(semantic_weights)
+    claimed = {key: getattr(config, key) for key in settings}
+    refuse_inflated(semantic_weights, claimed, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    try:
+        model = DashengTokenizerModel(config)
+    except DashengTokenizerError:
+        raise
+    except Exception as error:  # what a class of transformers raises for settings that it does not expect
+        raise CheckpointError(
+            f"{semantic_weights}: config.json makes no encoder ({type(error).__name__}: {error}); download it again"
+        ) from error
     load_semantic_weights(model, semantic_weights)
     return model

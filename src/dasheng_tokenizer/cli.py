@@ -24,7 +24,7 @@ from dasheng_tokenizer.cli_evaluate import add_reconstruction_command, run_recon
 from dasheng_tokenizer.cli_generate import add_generate_command, run_generate
 from dasheng_tokenizer.cli_generation import add_generation_command, run_generation
 from dasheng_tokenizer.cli_probe import add_probe_command, run_probe
-from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError
+from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError, one_line
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -158,7 +158,7 @@ def _show_warning(
     file: object = None,
     line: str | None = None,
 ) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {one_line(str(message))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from dasheng_tokenizer.cli_paths import (
     is_tokens,
     plan,
 )
-from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError, MissingExtraError
+from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError, MissingExtraError, one_line
 from dasheng_tokenizer.files import atomic_path, require_extra
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def run_jobs(work: Plan, overwrite: bool, action: Callable[[Job, Progress], str]
     """
     failed = [(name, reason) for name, reason in work.failures]
     for name, reason in failed:
-        _say(f"error: {name}: {reason}", sys.stderr)
+        _say(f"error: {one_line(f'{name}: {reason}')}", sys.stderr)
     done = skipped = 0
     several = len(work.jobs) > 1
     for job in tqdm(work.jobs, unit="file", delay=1, disable=None if several else True):
@@ -117,7 +117,7 @@ def run_jobs(work: Plan, overwrite: bool, action: Callable[[Job, Progress], str]
             done += 1
         except DashengTokenizerError as error:
             failed.append((str(job.source), str(error)))
-            _say(f"error: {_named(job.source, str(error))}", sys.stderr)
+            _say(f"error: {one_line(_named(job.source, str(error)))}", sys.stderr)
         except Exception as error:  # a fault of ours, or memory: shown in full, and the other files still get done
             failed.append((str(job.source), repr(error)))
             _say(f"{traceback.format_exc()}error: {job.source}: {type(error).__name__}: {error}", sys.stderr)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dasheng_tokenizer.errors import ConfigurationError
+from dasheng_tokenizer.errors import ConfigurationError, one_line
 
 ENGINES = ("local",)
 
@@ -80,7 +80,7 @@ def run_encode_dataset(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     for name, reason in index.skipped.items():
-        print(f"error: {name}: {reason}", file=sys.stderr)
+        print(f"error: {one_line(f'{name}: {reason}')}", file=sys.stderr)
     if complete:
         print(f"{arguments.destination} is complete, nothing to do (--overwrite makes it anew)")
     print(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dasheng_tokenizer.cli_evaluate import METRIC_NAMES
-from dasheng_tokenizer.errors import ConfigurationError
+from dasheng_tokenizer.errors import ConfigurationError, one_line
 
 if TYPE_CHECKING:
     from dasheng_tokenizer.evaluation.enhancement import Outcome
@@ -137,7 +137,7 @@ def _write(arguments: argparse.Namespace, tables: Tables, examples: ExampleSet) 
 
 def _exit_code(outcome: Outcome) -> int:
     for name, reason in outcome.failed():
-        print(f"error: {name}: {reason}", file=sys.stderr)
+        print(f"error: {one_line(f'{name}: {reason}')}", file=sys.stderr)
     return 1 if outcome.failed() else 0
 
 

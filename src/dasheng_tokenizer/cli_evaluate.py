@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dasheng_tokenizer.errors import ConfigurationError
+from dasheng_tokenizer.errors import ConfigurationError, one_line
 
 if TYPE_CHECKING:
     from dasheng_tokenizer.evaluation.codecs import Codec
@@ -112,7 +112,7 @@ def run_reconstruction(arguments: argparse.Namespace) -> int:
         report.save(arguments.report)
     print(report.markdown())
     for name, reason in outcome.failed():
-        print(f"error: {name}: {reason}", file=sys.stderr)
+        print(f"error: {one_line(f'{name}: {reason}')}", file=sys.stderr)
     return 1 if outcome.failed() else 0
 
 

@@ -9,9 +9,10 @@ import sys
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dasheng_tokenizer.errors import TextError
+from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.generation.scene_prompt import ScenePrompt
 
 REQUESTS = ".jsonl"
@@ -112,8 +113,8 @@ def read_requests(path: Path, count: int = 1) -> list[Request]:
 
 def _request(line: str, where: str, count: int) -> Request:
     try:
-        held = json.loads(line, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        held = parse_json(line)
+    except ValueError as error:
         raise TextError(f"{where}: no JSON ({error}); write one object a line") from error
     if not isinstance(held, dict):
         raise TextError(f'{where}: write an object, such as {{"text": "a dog barks", "seconds": 3}}')
@@ -140,10 +141,6 @@ def _request(line: str, where: str, count: int) -> Request:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
 
 
 def file_name(text: str) -> str:

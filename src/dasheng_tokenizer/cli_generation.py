@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dasheng_tokenizer.errors import ConfigurationError
+from dasheng_tokenizer.errors import ConfigurationError, one_line
 
 if TYPE_CHECKING:
     from dasheng_tokenizer.evaluation.generation_sets import Outcome
@@ -96,7 +96,7 @@ def run_generation(arguments: argparse.Namespace) -> int:
     if arguments.report is not None:
         report.save(arguments.report)
     for name, reason in outcome.failed:
-        print(f"error: {name}: {reason}", file=sys.stderr)
+        print(f"error: {one_line(f'{name}: {reason}')}", file=sys.stderr)
     return 1 if outcome.failed else 0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dasheng_tokenizer.cli_paths import TOKEN_SUFFIX
+from dasheng_tokenizer.errors import one_line
 
 
 def info(name: str | None) -> str:
@@ -58,10 +59,10 @@ def _model(name: str | None) -> dict[str, Any]:
         "length mode": config.length_mode,
         "weights hash": model.weights_hash(),
     }
-    facts |= {f"provenance: {key}": value for key, value in config.provenance.items()}
+    facts |= {one_line(f"provenance: {key}"): value for key, value in config.provenance.items()}
     return facts
 
 
 def _lines(facts: dict[str, Any]) -> str:
     width = max(map(len, facts))
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in facts.items())
+    return "\n".join(f"{key:<{width}}  {one_line(str(value))}" for key, value in facts.items())

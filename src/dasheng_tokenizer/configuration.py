@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -14,6 +15,12 @@ LENGTH_MODES = ("exact", "published")
 LATENT_KINDS = ("unified", "vae")
 
 SEMANTIC_KINDS = ("dasheng", "whisper", "wavlm", "hubert", "wav2vec2")
+
+
+_WHOLE = (
+    *("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_intermediate_size"),
+    *("istft_n_fft", "istft_hop", "upsample_tokens", "n_mels_patch", "hop_length"),
+)
 
 
 class DashengTokenizerConfig(PreTrainedConfig):
@@ -74,6 +81,9 @@ class DashengTokenizerConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.latent_kind = latent_kind
+        for name, group in (("semantic_encoder", semantic_encoder), ("provenance", provenance)):
+            if group is not None and not isinstance(group, Mapping):
+                raise ConfigurationError(f"{name} is {group!r}; it must be a mapping")
         default = {} if self.is_vae else {"kind": "dasheng"}
         self.semantic_encoder: dict[str, Any] = dict(semantic_encoder or default)
         self.embed_dim = (embed_dim or decoder_embed_dim) if self.is_vae else self._width(embed_dim)
@@ -109,6 +119,8 @@ class DashengTokenizerConfig(PreTrainedConfig):
         if kind == "dasheng":
             return 1280 if embed_dim is None else embed_dim
         inner = self.semantic_encoder.get("config") or {}
+        if not isinstance(inner, Mapping):
+            raise ConfigurationError(f"the config of the {kind} encoder is {inner!r}; it must be a mapping")
         width = inner.get("d_model") or inner.get("hidden_size")
         if width is None:
             raise ConfigurationError(
@@ -123,6 +135,10 @@ class DashengTokenizerConfig(PreTrainedConfig):
         return int(width)
 
     def _check(self) -> None:
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < (0 if name.endswith("depth") else 1):
+                raise ConfigurationError(f"{name} {value!r} must be a whole number above 0")
         if self.length_mode not in LENGTH_MODES:
             raise ConfigurationError(f"length_mode {self.length_mode!r} is not one of {', '.join(LENGTH_MODES)}")
         if self.istft_hop * self.upsample_tokens != SAMPLES_PER_TOKEN or self.hop_length * 4 != SAMPLES_PER_TOKEN:

@@ -6,9 +6,24 @@ foresees; the second base class keeps code working that expects the usual built-
 
 from __future__ import annotations
 
+import re
+
+MOST_CHARACTERS = 2000
+"""Of a message; what files put into it may be of any length."""
+
+
+def one_line(text: str) -> str:
+    """A message that takes one line and cannot steer a terminal: what is quoted from a file may hold anything."""
+    flat = re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*", " ", text.strip())
+    shown = "".join(char if char.isprintable() or char == " " else ascii(char)[1:-1] for char in flat)
+    return shown if len(shown) <= MOST_CHARACTERS else f"{shown[:MOST_CHARACTERS]} …"
+
 
 class DashengTokenizerError(Exception):
-    """Base class of all errors this package raises on purpose."""
+    """Base class of all errors this package raises on purpose. As text it takes one line."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class AudioError(DashengTokenizerError, ValueError):

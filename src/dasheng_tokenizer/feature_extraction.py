@@ -13,7 +13,7 @@ from transformers import AutoFeatureExtractor, BatchFeature, SequenceFeatureExtr
 
 from dasheng_tokenizer.audio import Array, check_rate, resample, to_audio_array
 from dasheng_tokenizer.configuration import DashengTokenizerConfig
-from dasheng_tokenizer.errors import AudioError
+from dasheng_tokenizer.errors import AudioError, CheckpointError
 from dasheng_tokenizer.spectral import SAMPLING_RATE
 
 
@@ -35,6 +35,32 @@ class DashengTokenizerFeatureExtractor(SequenceFeatureExtractor):  # type: ignor
         self, feature_size: int = 1, sampling_rate: int = SAMPLING_RATE, padding_value: float = 0.0, **kwargs: Any
     ) -> None:
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+
+    @classmethod
+    def get_feature_extractor_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """Part of `from_pretrained`: reads preprocessor_config.json.
+
+        Raises:
+            CheckpointError: it is nested too deep.
+        """
+        try:
+            return super().get_feature_extractor_dict(*args, **kwargs)
+        except RecursionError as error:
+            raise CheckpointError("preprocessor_config.json is nested too deep; download or copy it again") from error
+
+    @classmethod
+    def from_dict(cls, feature_extractor_dict: Any, **kwargs: Any) -> Any:
+        """Part of `from_pretrained`: from the entries of preprocessor_config.json.
+
+        Raises:
+            CheckpointError: they are none.
+        """
+        try:
+            return super().from_dict(feature_extractor_dict, **kwargs)
+        except Exception as error:  # of any kind where the file holds what transformers does not expect
+            raise CheckpointError(
+                f"preprocessor_config.json makes no feature extractor ({error}); download or copy it again"
+            ) from error
 
     def __call__(
         self,

@@ -1,10 +1,12 @@
-"""Files that appear whole or not at all, and optional packages that are named when they are missing."""
+"""Files that appear whole or not at all, JSON of any origin, and optional packages that are named when missing."""
 
 from __future__ import annotations
 
 import errno
 import glob
 import importlib
+import json
+import math
 import os
 import secrets
 import stat
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import IO
+from typing import IO, Any, NoReturn
 
 from dasheng_tokenizer.errors import MissingExtraError, OutputError
 
@@ -142,6 +144,37 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def parse_json(data: str | bytes, finite: bool = True) -> Any:
+    """Read JSON that may come from anywhere.
+
+    Args:
+        data: the whole document.
+        finite: refuse NaN and infinite numbers, which JSON does not know, and whole numbers of more than 64 bits.
+
+    Raises:
+        ValueError: no JSON, no UTF-8, nested too deep, or a number beyond what is finite or has thousands of digits.
+    """
+    strict = {"parse_constant": _refuse_number, "parse_float": _finite, "parse_int": _of_64_bits}
+    options: dict[str, Any] = strict if finite else {}
+    try:
+        return json.loads(data, **options)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _of_64_bits(text: str) -> int:
+    return int(text) if len(text) <= 20 else _refuse_number(f"{text[:20]}…")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse_number(text)
 
 
 def require_extra(module: str, extra: str) -> ModuleType:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from dasheng_tokenizer.audio import Array, AudioReader, resample
 from dasheng_tokenizer.errors import AudioError, MissingExtraError, OutputError
 from dasheng_tokenizer.evaluation.metrics import magnitude_spectrogram, mel_distance, pesq_wb, si_sdr, stoi
-from dasheng_tokenizer.files import atomic_path, require_extra
+from dasheng_tokenizer.files import atomic_path, parse_json, require_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,9 +96,11 @@ class Report:
         if not path.exists():
             return cls(Path(folder), {})
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))["files"]
-            return cls(Path(folder), {row["file"]: row for row in rows})
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            rows = parse_json(path.read_text(encoding="utf-8"), finite=False)["files"]
+            if not all(_is_figure(row.get(name)) for row in rows for name in METRICS):
+                raise ValueError("a figure is no number")
+            return cls(Path(folder), {str(row["file"]): row for row in rows})
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise OutputError(f"{path} is no table of this command; move it away or give another -o") from error
 
     def add(self, row: dict[str, Any]) -> None:
@@ -192,3 +194,7 @@ def draw(path: Path, original: Array, decoded: Array, title: str) -> None:
     figure = picture(original, decoded, title)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))

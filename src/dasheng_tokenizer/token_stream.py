@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dasheng_tokenizer.errors import LatentError, TokenFileError
-from dasheng_tokenizer.files import atomic_path, output_error
+from dasheng_tokenizer.files import atomic_path, output_error, parse_json
 from dasheng_tokenizer.token_file import DTYPES, STORED_DTYPES, AudioTokens, header_metadata
 
 BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
@@ -95,7 +95,7 @@ class StoredLatents:
         self.path, self.shape, self.dtype = path, shape, dtype
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         self._start = 8 + length + header["latents"]["data_offsets"][0]
 
     def __getitem__(self, index: tuple[slice, slice]) -> Tensor:

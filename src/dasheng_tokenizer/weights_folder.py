@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dasheng_tokenizer.checkpoint_sizes import refuse_other_weights
 from dasheng_tokenizer.errors import CheckpointError
-from dasheng_tokenizer.files import atomic_path
+from dasheng_tokenizer.files import atomic_path, parse_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -65,6 +66,7 @@ def read_weights_folder(path: Path, kind: str) -> tuple[dict[str, Any], dict[str
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; name that of a {kind}, with {CONFIG} and {WEIGHTS}")
+    refuse_other_weights(path)
     config = _read_config(path, kind)
     return config, _read_weights(path, kind, config.get("weights"))
 
@@ -114,6 +116,19 @@ def check_weights(path: Path, kind: str, wanted: Mapping[str, Tensor], found: Ma
     _refuse_bad_numbers(found, f"{path} is no usable {kind}")
 
 
+def check_depth(path: Path, kind: str, depth: int, found: Mapping[str, Tensor]) -> None:
+    """Refuse a config of more blocks than there are weights, before blocks are made.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    if depth > len(found):
+        raise CheckpointError(
+            f"{path}: {CONFIG} says {depth} blocks, but there are {len(found)} weights; this is no {kind} of the sizes "
+            f"in its {CONFIG}; save or copy it again"
+        )
+
+
 def damaged(path: Path, error: Exception) -> CheckpointError:
     """For a config whose entries make no model."""
     return CheckpointError(f"{path} is damaged or incomplete ({type(error).__name__}: {error}); save or copy it again")
@@ -131,7 +146,7 @@ def _digest(state: Mapping[str, Tensor]) -> str:
 def _read_config(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({error}); name the folder of a {kind}") from error
     found = config.get("model_type") if isinstance(config, dict) else None

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from dasheng_tokenizer.errors import DataError
-from dasheng_tokenizer.files import atomic_path
+from dasheng_tokenizer.files import atomic_path, parse_json
 from dasheng_tokenizer.spectral import SAMPLING_RATE
 from dasheng_tokenizer.training.clips import Shard, SkipReport, decoded_clips, find_shards
 from dasheng_tokenizer.training.semantic_cache import FULL_SCALE, to_int16
@@ -209,7 +209,7 @@ def _check_size(path: Path, samples: int) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        held: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"), finite=False)
         held["clips"], held["skipped"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is missing or damaged; delete its folder, it is made again") from error

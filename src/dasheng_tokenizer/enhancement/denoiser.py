@@ -18,10 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dasheng_tokenizer.checkpoint_sizes import settings_from_json
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, LatentError
 from dasheng_tokenizer.injection import Part
 from dasheng_tokenizer.semantic_encoder import TransformerBlock, attention_mask
-from dasheng_tokenizer.weights_folder import check_weights, damaged, read_weights_folder, write_weights_folder
+from dasheng_tokenizer.weights_folder import (
+    check_depth,
+    check_weights,
+    damaged,
+    read_weights_folder,
+    write_weights_folder,
+)
 
 KIND = "denoiser"
 """Of its folder, see `weights_folder`."""
@@ -256,14 +263,17 @@ class Denoiser(nn.Module):
             )
         config, state = read_weights_folder(path, KIND)
         try:
-            sizes, info = DenoiserConfig(**config["denoiser"]), DenoiserInfo(**config["info"])
+            sizes = settings_from_json(DenoiserConfig, config["denoiser"])
+            info = settings_from_json(DenoiserInfo, config["info"])
+            check_depth(path, KIND, sizes.depth, state)
             with torch.device("meta"):  # no time is lost on fresh weights
                 model = cls(sizes, info, *(state[name] for name in _STATISTICS))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise damaged(path, error) from error
         check_weights(path, KIND, model.state_dict(), state)
-        model.load_state_dict(state, assign=True)
-        return model.float().eval()
+        # Before they are assigned: norms keep the type that they have when the model is cast.
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+        return model.eval()
 
 
 def embedded_denoiser() -> Path:

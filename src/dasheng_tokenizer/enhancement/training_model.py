@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from dasheng_tokenizer.enhancement.denoiser import Denoiser, DenoiserConfig, Den
 from dasheng_tokenizer.enhancement.latent_space import LatentStatistics, whitening
 from dasheng_tokenizer.enhancement.training_configuration import EnhancementConfig
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError
+from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.tokenizer import DashengTokenizerModel
 from dasheng_tokenizer.training.checkpoint_tensors import open_tensors
 
@@ -101,7 +101,7 @@ def averaged_denoiser(config: EnhancementConfig, checkpoint: Path) -> Denoiser:
 
     denoiser = new_denoiser(config, load_tokenizer(config), None)
     try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        state = parse_json((checkpoint / "state.json").read_text(encoding="utf-8"), finite=False)
         tensors = open_tensors(checkpoint, state)
         held = {**tensors.state(MODULE), **tensors.state(AVERAGE)}
         progress = state["progress"]

@@ -155,7 +155,7 @@ class LanguageModel:
         if not Path(folder).is_dir():
             raise CheckpointError(f"{folder} is no folder; give one with a causal language model of transformers")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from dasheng_tokenizer.evaluation.representations import (
     encoder_embedder,
     tokenizer_representations,
 )
-from dasheng_tokenizer.files import require_extra
+from dasheng_tokenizer.files import parse_json, require_extra
 from dasheng_tokenizer.spectral import SAMPLING_RATE
 
 SEMANTIC, LOG_MEL = "semantic", "log-mel"
@@ -149,8 +148,10 @@ class ClapEmbedder:
         if not Path(folder).is_dir():
             raise CheckpointError(f"{folder} is no folder; give one with a CLAP model of transformers")
         try:
-            self.extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.extractor = AutoFeatureExtractor.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model: Any = ClapModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder}: no CLAP model could be loaded ({_first_line(error)})") from error
@@ -212,7 +213,7 @@ def _weights_digest(model: nn.Module) -> str:
 def _model_type(path: str) -> str | None:
     """Of a folder's config.json; None where there is none, such as for a hub name."""
     try:
-        held = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        held = parse_json((Path(path) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return held.get("model_type") if isinstance(held, dict) else None

@@ -21,6 +21,7 @@ from dasheng_tokenizer.errors import DataError
 from dasheng_tokenizer.evaluation.embedding_store import Split
 from dasheng_tokenizer.evaluation.probe import Fold, SuiteTask
 from dasheng_tokenizer.evaluation.probe_tasks import Event, Example, Label, ProbeTask, Samples
+from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.spectral import SAMPLING_RATE
 from dasheng_tokenizer.training.clips import SkipReport, find_shards, read_clips
 
@@ -207,13 +208,13 @@ def _matches(value: Any, wanted: Any) -> bool:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is missing or damaged; a corpus has tasks.json and manifest.jsonl") from error
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is missing or damaged; a corpus has tasks.json and manifest.jsonl") from error

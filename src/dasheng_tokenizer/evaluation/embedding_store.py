@@ -32,7 +32,7 @@ from tqdm import tqdm
 from dasheng_tokenizer.errors import DataError
 from dasheng_tokenizer.evaluation.probe_tasks import Example, Label, label_from_json, label_to_json
 from dasheng_tokenizer.evaluation.representations import Embedder
-from dasheng_tokenizer.files import atomic_path, make_folder
+from dasheng_tokenizer.files import atomic_path, make_folder, parse_json
 from dasheng_tokenizer.spectral import SAMPLING_RATE
 
 STORE_VERSION = 1
@@ -206,7 +206,7 @@ def _digest(value: Any) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        held: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"), finite=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is missing or damaged; delete its folder and extract again") from error
     return held

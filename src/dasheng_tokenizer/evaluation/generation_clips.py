@@ -27,7 +27,7 @@ from dasheng_tokenizer.cli_paths import DECODED, RECONSTRUCTED
 from dasheng_tokenizer.errors import AudioError, AudioFileError, DataError
 from dasheng_tokenizer.evaluation.embedding_store import Split
 from dasheng_tokenizer.evaluation.probe_tasks import Example
-from dasheng_tokenizer.files import atomic_path
+from dasheng_tokenizer.files import atomic_path, parse_json
 from dasheng_tokenizer.spectral import SAMPLING_RATE
 from dasheng_tokenizer.training.clips import EncodedClip, SkipReport, encoded_clips, find_shards
 
@@ -156,7 +156,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise DataError(f"{path}, line {number}: no JSON ({error}); write one object a line") from error
         if not isinstance(row, dict) or not isinstance(row.get("file"), str):

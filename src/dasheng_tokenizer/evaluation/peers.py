@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from dasheng_tokenizer.audio import fit_length, resample
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError
 from dasheng_tokenizer.evaluation.codecs import RATE, Decoded
+from dasheng_tokenizer.files import parse_json
 
 MIN_FRAMES = 4
 """Frames that a clip is extended to; the convolutions of DAC refuse less than two."""
@@ -152,7 +152,7 @@ def parse_peer(text: str, device: str = "cpu") -> Peer:
 def _check_folder(kind: str, folder: Path) -> str:
     """See that the folder holds such a model; SHA-256 of its configuration and weights, in hex."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         found = config.get("model_type") if isinstance(config, dict) else None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} holds no readable config.json; name a folder of save_pretrained") from error

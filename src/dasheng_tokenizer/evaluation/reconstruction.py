@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError, DataError
 from dasheng_tokenizer.evaluation.metric_columns import METRICS, Metric, measure, versions
 from dasheng_tokenizer.evaluation.reconstruction_inputs import Inputs, Source, System, Task
-from dasheng_tokenizer.files import make_folder, output_error
+from dasheng_tokenizer.files import make_folder, output_error, parse_json
 
 ROWS = "rows.jsonl"
 """File of finished rows in the output folder."""
@@ -136,7 +136,7 @@ class RowStore:
             raise output_error(path, error) from error
         for line in whole.splitlines():
             try:
-                held = json.loads(line)
+                held = parse_json(line, finite=False)
                 self.rows[held["id"]] = held["row"]
             except (ValueError, KeyError, TypeError):  # no line of ours: it is measured again
                 continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from dasheng_tokenizer.cli_paths import DECODED, RECONSTRUCTED, is_audio
 from dasheng_tokenizer.errors import AudioError, ConfigurationError, DataError
 from dasheng_tokenizer.evaluation.codecs import RATE, Codec, GriffinLim, Opus, Original
 from dasheng_tokenizer.evaluation.metric_columns import Pair
+from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.training.clips import EncodedClip, SkipReport, encoded_clips, find_shards
 
 LENGTH_TOLERANCE = 0.05
@@ -310,7 +310,7 @@ def _unique(names: list[str]) -> list[str]:
 
 def _labels(path: Path) -> dict[str, Any]:
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # labels are optional
         return {}
     return held if isinstance(held, dict) else {}

@@ -131,8 +131,8 @@ class TransformersEmbedder:
         from transformers import AutoFeatureExtractor, AutoModel
 
         try:
-            self.extractor = AutoFeatureExtractor.from_pretrained(name)
-            model = AutoModel.from_pretrained(name, use_safetensors=True)
+            self.extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
+            model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(

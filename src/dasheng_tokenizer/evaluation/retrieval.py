@@ -65,8 +65,10 @@ class SentenceEncoder:
                 f"{folder} is no folder; give one with a text encoder of transformers and its tokenizer"
             )
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model = AutoModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder}: no text encoder could be loaded ({_first_line(error)})") from error
         # The text side of models that have one for each of two modalities or an encoder and a decoder.

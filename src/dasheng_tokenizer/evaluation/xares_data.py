@@ -20,6 +20,7 @@ from dasheng_tokenizer.audio import READ_SUFFIXES
 from dasheng_tokenizer.errors import AudioError, AudioFileError, DataError
 from dasheng_tokenizer.evaluation.probe_tasks import Event, Example, Label, Samples
 from dasheng_tokenizer.evaluation.xares_tasks import XaresRow, find_shards
+from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.spectral import SAMPLING_RATE
 from dasheng_tokenizer.training.clips import EncodedClip, Shard, SkipReport, check_tar_end
 
@@ -120,7 +121,7 @@ def read_label(row: XaresRow, data: bytes | None) -> Label:
     if data is None:
         raise DataError("no label: no JSON file beside the audio")
     try:
-        held = json.loads(data)
+        held = parse_json(data)
         label = _label(row, held)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dasheng_tokenizer.checkpoint_sizes import refuse_other_weights
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError
+from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.generation.audiogen_configuration import MODEL_TYPE, PUBLISHED_GENERATOR, AudioGenConfig
 from dasheng_tokenizer.weights_folder import CONFIG, WEIGHTS, model_folder
 
@@ -38,12 +39,18 @@ def load_audiogen(
 ) -> AudioGen:
     """See `AudioGen.from_pretrained`."""
     folder = model_folder(PUBLISHED_GENERATOR if name is None else name, "generator")
+    refuse_other_weights(folder)
     told = read_config(folder)
     where = _tensor_files(folder)
     try:
         config = AudioGenConfig.from_published({"text_dim": _text_dim(folder, where), **told})
     except (ConfigurationError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    blocks = config.dit_depth + config.duration_predictor_n_layers
+    if blocks > len(where):
+        raise CheckpointError(
+            f"{folder / CONFIG}: {blocks} blocks, but there are {len(where)} weights; download it again"
+        )
     with torch.device("meta"):
         model = cls(config, **options)
     wanted = model.state_dict()
@@ -72,7 +79,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({error}); download it again") from error
     found = told.get("model_type") if isinstance(told, dict) else None
@@ -88,7 +95,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         with _opened(folder / WEIGHTS) as opened:
             return dict.fromkeys(opened.keys(), folder / WEIGHTS)
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        listed = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         where = {str(key): folder / Path(str(file)).name for key, file in listed.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}); download it again") from error

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dasheng_tokenizer.checkpoint_sizes import settings_from_json
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError
 from dasheng_tokenizer.generation.dit import DiffusionTransformer, DiTConfig
 from dasheng_tokenizer.generation.flow_matching import Method, Progress, Velocity
 from dasheng_tokenizer.generation.sampling import STEPS, SWAY, clip_mask, sample_clips
 from dasheng_tokenizer.generation.text_encoders import pad_text
 from dasheng_tokenizer.weights_folder import (
+    check_depth,
     check_weights,
     damaged,
     model_folder,
@@ -228,10 +230,12 @@ class Generator(nn.Module):
             )
         config, state = read_weights_folder(path, KIND)
         try:
-            dit_config, info = DiTConfig(**config["dit"]), GeneratorInfo(**config["info"])
+            dit_config = settings_from_json(DiTConfig, config["dit"])
+            info = settings_from_json(GeneratorInfo, config["info"])
+            check_depth(path, KIND, dit_config.depth, state)
             with torch.device("meta"):  # no time is lost on fresh weights
                 model = cls(dit_config, info, state["latent_mean"], state["latent_std"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise damaged(path, error) from error
         check_weights(path, KIND, model.state_dict(), state)
         model.load_state_dict(state, assign=True)

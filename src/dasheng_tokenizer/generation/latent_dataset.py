@@ -6,7 +6,6 @@ is asked for. Needs no more than the core of the package.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dasheng_tokenizer.errors import DataError, ModelMismatchError
+from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.generation.latent_index import (
     AGAIN,
     LatentIndex,
@@ -153,8 +153,11 @@ class LatentDataset(Dataset[LatentItem]):
             if not stem.with_suffix(suffix).is_file():
                 raise DataError(f"{stem.with_suffix(suffix)} is missing; {AGAIN}")
         try:
-            return np.array(read_json(stem.with_suffix(".json"))["tokens"], dtype=np.int64)
-        except (KeyError, TypeError, ValueError) as error:
+            counts = np.array(read_json(stem.with_suffix(".json"))["tokens"], dtype=np.int64)
+            if counts.ndim != 1 or not len(counts) or counts.min() < 1:
+                raise ValueError("its token counts are none")
+            return counts
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{stem.with_suffix('.json')} is damaged ({error!r}); {AGAIN}") from error
 
     def _row(self, shard: int, place: int) -> dict[str, Any]:
@@ -166,9 +169,11 @@ class LatentDataset(Dataset[LatentItem]):
             first, end = self._lines[shard][place : place + 2]
             with path.open("rb") as file:
                 file.seek(first)
-                row: dict[str, Any] = json.loads(file.read(end - first))
+                row: dict[str, Any] = parse_json(file.read(end - first))
         except (OSError, ValueError) as error:  # also a line too few, and JSON that is none
             raise DataError(f"{path} is damaged ({error}); {AGAIN}") from error
+        if not _is_row(row):
+            raise DataError(f"{path} is damaged: line {place + 1} has no key, captions and labels; {AGAIN}")
         return row
 
     def _latents(self, shard: int, place: int, clip: int) -> Tensor:
@@ -189,3 +194,11 @@ class LatentDataset(Dataset[LatentItem]):
         if shard not in held:
             held[shard] = safe_open(path, framework="pt")
         return held[shard]
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a line says what `LatentItem` needs."""
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str) or not isinstance(row.get("labels"), dict):
+        return False
+    captions = row.get("captions")
+    return isinstance(captions, list) and bool(captions) and all(isinstance(caption, str) for caption in captions)

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dasheng_tokenizer.errors import ConfigurationError, ModelMismatchError, OutputError
+from dasheng_tokenizer.errors import ConfigurationError, DataError, ModelMismatchError, OutputError
 from dasheng_tokenizer.files import is_partial, make_folder, output_error
 from dasheng_tokenizer.generation.latent_index import (
+    AGAIN,
     ENCODING,
     FORMAT,
     INDEX,
     VERSION,
     LatentIndex,
+    TokenStatistics,
     read_json,
     shard_stem,
     write_json,
@@ -124,16 +126,41 @@ def _clear(folder: Path) -> None:
             raise output_error(file, error) from error
 
 
-def whole_parts(folder: Path) -> Iterator[dict[str, Any]]:
+def whole_parts(folder: Path, latent_dim: int) -> Iterator[dict[str, Any]]:
     """What is noted of the shards that are whole, from the first on.
+
+    Args:
+        folder: of the encoding.
+        latent_dim: width of its latents.
 
     Raises:
         DataError: a note is damaged.
     """
     number = 0
     while _is_whole(folder / shard_stem(number)):
-        yield read_json((folder / shard_stem(number)).with_suffix(".json"))
+        path = (folder / shard_stem(number)).with_suffix(".json")
+        part = read_json(path)
+        if not _is_note(part, latent_dim):
+            raise DataError(f"{path} is damaged; {AGAIN}")
+        yield part
         number += 1
+
+
+def _is_note(part: dict[str, Any], latent_dim: int) -> bool:
+    """Whether an entry of a shard says what going on needs."""
+    try:
+        statistics = TokenStatistics.from_json(part["statistics"])
+        whole = [*part["tokens"], *part["next"], part["samples"]]
+        widths = {tuple(statistics.mean.shape), tuple(statistics.squares.shape)}
+        return (
+            isinstance(part["skipped"], dict)
+            and len(part["next"]) == 3
+            and all(isinstance(number, int) and 0 <= number < 2**62 for number in whole)
+            and statistics.count == sum(part["tokens"])
+            and widths == {(latent_dim,)}
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):
+        return False
 
 
 def is_complete(folder: str | Path) -> bool:

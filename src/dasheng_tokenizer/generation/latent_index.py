@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dasheng_tokenizer.errors import DataError, ModelMismatchError
-from dasheng_tokenizer.files import atomic_path
+from dasheng_tokenizer.files import atomic_path, parse_json
 
 FORMAT = "dasheng-tokenizer-latents"
 VERSION = 1
@@ -178,6 +178,7 @@ class LatentIndex:
                 f"{FORMAT}, version {VERSION}; encode the data again or update the package"
             )
         try:
+            _check_types(held)
             index = cls(
                 held["model_hash"],
                 held["tokenizer"],
@@ -190,14 +191,36 @@ class LatentIndex:
                 held["shards"],
                 held["options"],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise DataError(f"{path} is damaged ({error!r}); {AGAIN}") from error
-        if index.latent_dim != len(index.mean) or not bool(torch.isfinite(index.mean + index.std).all()):
+        widths = {tuple(index.mean.shape), tuple(index.std.shape)}
+        if widths != {(index.latent_dim,)} or not bool(torch.isfinite(index.mean + index.std).all()):
             raise DataError(f"{path} is damaged: mean and standard deviation do not fit; {AGAIN}")
         return index
 
 
 AGAIN = "copy the folder again, or encode the data again with --overwrite"
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model_hash", "tokenizer"), str),
+    **dict.fromkeys(("latent_dim", "clips", "tokens", "shards"), int),
+    **dict.fromkeys(("frame_rate", "hours"), (int, float)),
+    **dict.fromkeys(("skipped", "options"), dict),
+    **dict.fromkeys(("mean", "std"), list),
+}
+
+MOST_SHARDS = 100_000
+"""Five digits of their names."""
+
+
+def _check_types(held: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError where an entry of the index cannot be."""
+    for name, kind in _TYPES.items():
+        if not isinstance(held[name], kind) or isinstance(held[name], bool):
+            raise TypeError(f"{name} is {held[name]!r}")
+    if min(held["latent_dim"], held["clips"], held["tokens"]) < 1 or not 1 <= held["shards"] <= MOST_SHARDS:
+        raise ValueError(f"{held['clips']} clips of {held['tokens']} tokens in {held['shards']} shards")
 
 
 def _statistics(held: dict[str, Any]) -> TokenStatistics:
@@ -241,7 +264,7 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: missing or damaged.
     """
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is missing or damaged; {AGAIN}") from error
     if not isinstance(held, dict):

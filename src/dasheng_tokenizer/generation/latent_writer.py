@@ -115,7 +115,7 @@ def encode_latents(
     encoding = claim(folder, encoding, overwrite)
     if is_complete(folder):
         return LatentIndex.read(folder)
-    parts = list(whole_parts(folder))
+    parts = list(whole_parts(folder, model.latent_dim))
     report = SkipReport({name: why for part in parts for name, why in part["skipped"].items()})
     start = Position(*parts[-1]["next"]) if parts else Position(0, 0, 0)
     noted = len(report)  # entries that belong to shards before the one in the making

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 
+from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.generation.audiogen_configuration import MODEL_TYPE
 from dasheng_tokenizer.generation.generator import KIND
 from dasheng_tokenizer.generation.pipeline import AudioPipeline, TextToAudioPipeline
@@ -47,7 +47,7 @@ def _model_type(folder: os.PathLike[str]) -> str | None:
     """None where there is nothing to be read; loading will say why."""
     try:
         with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
-            told = json.load(file)
+            told = parse_json(file.read())
     except (OSError, ValueError):
         return None
     return told.get("model_type") if isinstance(told, dict) else None

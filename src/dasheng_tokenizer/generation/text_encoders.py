@@ -24,8 +24,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dasheng_tokenizer.checkpoint_sizes import refuse_inflated, refuse_other_weights, stored_shapes
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, TextError
-from dasheng_tokenizer.files import require_extra
+from dasheng_tokenizer.files import parse_json, require_extra
 
 MAX_CHARACTERS = 10_000
 """Longest text accepted; a longer one is no description of a sound but a mistake."""
@@ -132,7 +133,13 @@ class TransformersTextEncoder:
             ConfigurationError: `max_tokens` below 4.
         """
         self._tokenizer, self._model = _load(str(source))
-        self.max_tokens = min(max_tokens, MAX_TOKENS, self._tokenizer.model_max_length, _positions(self._model))
+        try:
+            most = self._tokenizer.model_max_length, _positions(self._model)
+            self.max_tokens = int(min(max_tokens, MAX_TOKENS, *most))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(
+                f"{source}: its longest text is no number ({error}); download or copy it again"
+            ) from error
         if self.max_tokens < FEWEST_TOKENS:
             raise ConfigurationError(f"max_tokens is {self.max_tokens}; it must be at least {FEWEST_TOKENS}")
         self.identity = _identity(str(source), self._model, self._tokenizer, self.max_tokens)
@@ -252,6 +259,8 @@ def _load(source: str) -> tuple[Any, Any]:
             "it out for the embedded default"
         )
     where = {"local_files_only": local, "trust_remote_code": False}
+    if local:
+        _check_claims(Path(source))
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(source, **where)
@@ -277,6 +286,17 @@ def _load(source: str) -> tuple[Any, Any]:
     text = getattr(model, "text_model", None) or (model.get_encoder() if config.is_encoder_decoder else model)
     tokenizer.truncation_side = "right"
     return tokenizer, text.eval().requires_grad_(False)
+
+
+def _check_claims(folder: Path) -> None:
+    """Refuse pickled weights, and sizes that the weights cannot have, before a model of that size is made."""
+    refuse_other_weights(folder)
+    try:
+        told = parse_json((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return  # transformers names it
+    if isinstance(told, dict):
+        refuse_inflated(folder, told, stored_shapes(folder))
 
 
 def _text_class(config: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from dasheng_tokenizer.cli_encode_dataset import EMBEDDED
 from dasheng_tokenizer.errors import CheckpointError
+from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.generation.flow_matching import flow_matching_loss
 from dasheng_tokenizer.generation.generator import Generator, GeneratorInfo
 from dasheng_tokenizer.generation.text_encoders import pad_text
@@ -105,7 +105,7 @@ def averaged_generator(config: GeneratorTrainingConfig, checkpoint: Path) -> Gen
 
     generator = new_generator(config, open_data(make_fabric(config), config))
     try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        state = parse_json((checkpoint / "state.json").read_text(encoding="utf-8"), finite=False)
         held = open_tensors(checkpoint, state).state(AVERAGE)
         progress = state["progress"]
     except (OSError, SafetensorError, ValueError, KeyError) as error:

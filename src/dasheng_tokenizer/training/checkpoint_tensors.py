@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.training.sharding import first_row, local
 
 WHOLE = "tensors.safetensors"
@@ -58,20 +59,23 @@ class CheckpointTensors:
             files: in it.
 
         Raises:
-            OSError, SafetensorError: a file that is missing or damaged.
+            OSError, SafetensorError, ValueError: a file that is missing or damaged.
         """
         from safetensors import safe_open
 
         self._pieces: dict[str, list[tuple[int, int, Any]]] = {}  # first row, end, file
         for name in files:
-            path = folder / name
+            path = folder / Path(name).name
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing")
             opened = safe_open(path, framework="pt")
-            offsets = json.loads((opened.metadata() or {}).get(OFFSETS, "{}"))
+            offsets = parse_json((opened.metadata() or {}).get(OFFSETS, "{}"))
             for key in opened.keys():  # noqa: SIM118 (no mapping)
                 shape = opened.get_slice(key).get_shape()
-                start = offsets[key]["saved_offsets"][0] if shape and key in offsets else 0
+                try:
+                    start = int(offsets[key]["saved_offsets"][0]) if shape and key in offsets else 0
+                except (LookupError, TypeError) as error:
+                    raise ValueError(f"{path}: no offset of {key}") from error
                 self._pieces.setdefault(key, []).append((start, start + (shape[0] if shape else 1), opened))
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece[:2])
@@ -126,6 +130,9 @@ def open_tensors(folder: Path, state: Mapping[str, Any]) -> CheckpointTensors:
     """The tensors of a checkpoint, whose `state.json` names its files since runs can be sharded.
 
     Raises:
-        OSError, SafetensorError: a file that is missing or damaged.
+        OSError, SafetensorError, ValueError: a file that is missing or damaged.
     """
-    return CheckpointTensors(folder, state.get("files", [WHOLE]))
+    files = state.get("files", [WHOLE])
+    if not (isinstance(files, list) and all(isinstance(name, str) for name in files)):
+        raise ValueError("files is no list of names")
+    return CheckpointTensors(folder, files)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
-import json
 import logging
 import os
 import tarfile
@@ -22,7 +21,7 @@ import numpy.typing as npt
 
 from dasheng_tokenizer.audio import READ_SUFFIXES, load_audio, resample
 from dasheng_tokenizer.errors import AudioError, AudioFileError, DataError
-from dasheng_tokenizer.files import require_extra
+from dasheng_tokenizer.files import parse_json, require_extra
 from dasheng_tokenizer.spectral import SAMPLING_RATE
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -150,7 +149,7 @@ def encoded_clips(shard: Shard, report: SkipReport) -> Iterator[EncodedClip]:
     """The clips of one shard, undecoded. What cannot be read is noted in `report`."""
     for name, data, labels in _tar_members(shard.path, report) if not shard.files else _file_members(shard, report):
         try:
-            held = json.loads(labels) if labels else {}
+            held = parse_json(labels) if labels else {}
         except ValueError as error:  # also UnicodeDecodeError
             report.add(f"{name}.json", f"labels are not JSON: {error}")
             held = {}

@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
 from dasheng_tokenizer.configuration import DashengTokenizerConfig
 from dasheng_tokenizer.errors import ConfigurationError
 from dasheng_tokenizer.training.acoustic_start import AcousticStartConfig
 from dasheng_tokenizer.training.data import DataConfig
+from dasheng_tokenizer.training.plain_yaml import parse_yaml
 
 Config = TypeVar("Config")
 Latent = Literal["unified", "semantic", "acoustic"]
@@ -238,10 +237,10 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         ConfigurationError: no such file, no YAML mapping, or an override that is no `key=value`.
     """
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        settings = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot read the recipe ({error.strerror}); name a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:  # UnicodeDecodeError is one too
         raise ConfigurationError(f"{path}: not a YAML file: {error}") from error
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
@@ -251,8 +250,8 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         if not separator or not all(key.split(".")):
             raise ConfigurationError(f"{override!r}: write overrides as key=value, for example data.batch_size=8")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = parse_yaml(text)
+        except ValueError as error:
             raise ConfigurationError(f"{override!r}: the value is not valid YAML: {error}") from error
         _assign(settings, key.split("."), value, override)
     return settings

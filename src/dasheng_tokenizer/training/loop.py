@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dasheng_tokenizer.errors import ConfigurationError
-from dasheng_tokenizer.files import atomic_path, make_folder, require_extra
+from dasheng_tokenizer.files import atomic_path, make_folder, parse_json, require_extra
 from dasheng_tokenizer.training.configuration import LoopConfig
 from dasheng_tokenizer.training.optimization import any_rank
 from dasheng_tokenizer.training.run_checkpoint import (
@@ -175,7 +175,7 @@ def fit(fabric: Fabric, task: Task, config: LoopConfig) -> bool:
 def is_finished(config: LoopConfig) -> bool:
     """Whether the run folder holds a finished run of at least as many steps."""
     try:
-        summary = json.loads((config.output / SUMMARY).read_text(encoding="utf-8"))
+        summary = parse_json((config.output / SUMMARY).read_text(encoding="utf-8"), finite=False)
         return int(summary["steps"]) >= config.steps
     except (OSError, ValueError, KeyError, TypeError):
         return False

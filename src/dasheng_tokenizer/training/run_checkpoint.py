@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, OutputError
+from dasheng_tokenizer.errors import CheckpointError, ConfigurationError, DashengTokenizerError, OutputError
+from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.training.checkpoint_tensors import CheckpointTensors, file_names, open_tensors, write_rows
 from dasheng_tokenizer.training.optimization import ExponentialMovingAverage
 from dasheng_tokenizer.training.sharding import is_sharded, like, local
@@ -120,15 +121,15 @@ def load_checkpoint(fabric: Fabric, folder: Path, task: Checkpointable) -> Progr
     from safetensors import SafetensorError
 
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = parse_json((path / "state.json").read_text(encoding="utf-8"), finite=False)
         tensors = open_tensors(path, state)
         if state["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {state['format']}, but {FORMAT} is known; start a new `output`")
         _check_identity(path, state["identity"], task.identity())
         _restore(task, tensors, state)
         progress = Progress(**state["progress"])
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DashengTokenizerError):
             raise
         raise CheckpointError(f"{path}: damaged ({error!r}); delete this folder to resume from an older one") from error
     if len(state["random"]) == fabric.world_size:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dasheng_tokenizer.files import atomic_path, require_extra
+from dasheng_tokenizer.files import atomic_path, parse_json, require_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,9 +79,9 @@ def truncate_log(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if parse_json(line, finite=False)["step"] <= step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             continue
     with atomic_path(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
@@ -89,5 +89,5 @@ def truncate_log(path: Path, step: int) -> None:
 
 def read_log(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """Read the records of a run, all or of one kind (`train`, `validation`)."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = [parse_json(line, finite=False) for line in path.read_text(encoding="utf-8").splitlines()]
     return [record for record in records if kind is None or record["kind"] == kind]

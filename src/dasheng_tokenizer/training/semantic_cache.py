@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dasheng_tokenizer.errors import DataError
-from dasheng_tokenizer.files import atomic_path
+from dasheng_tokenizer.files import atomic_path, parse_json
 from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN
 from dasheng_tokenizer.training.clips import Clip, Shard, SkipReport, decoded_clips, find_shards
 
@@ -333,7 +333,7 @@ def _digest(value: Any) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        held: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"), finite=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is missing or damaged; delete the cache folder and prepare it again") from error
     return held
