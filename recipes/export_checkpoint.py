@@ -44,11 +44,8 @@ def main() -> None:
     averaged = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
     if set(averaged) != {name for name, _ in model.trainable_parameters()}:
         raise SystemExit(f"{arguments.checkpoint} does not fit the recipe {arguments.recipe}")
-    # Of the frozen weights a checkpoint holds the acoustic layer alone, whose start hangs on the data.
-    kept = {
-        f"{HELD}{name}": name for name in model.state_dict() if name.startswith(("encoder.patch_embed", "encoder.norm"))
-    }
-    held = {name: tensors[key] for key, name in kept.items() if key in tensors}
+    # A checkpoint also holds what was made from the data: statistics, and an acoustic layer that does not learn.
+    held = {key.removeprefix(HELD): tensor for key, tensor in tensors.items() if key.startswith(HELD)}
     model.load_state_dict({**held, **averaged}, strict=False)
     model.save_pretrained(arguments.output)
 

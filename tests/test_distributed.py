@@ -201,6 +201,17 @@ def test_mixed_precision_keeps_float32_weights(runs: Path) -> None:
             assert kinds == {torch.float32, torch.int64} or kinds == {torch.float32}  # int64: counts of a batch norm
 
 
+def test_an_exported_checkpoint_is_the_model_of_the_run(runs: Path, tmp_path: Path) -> None:
+    """The fresh frozen encoder too, which no checkpoint holds, and the statistics of its features."""
+    script = Path(__file__).resolve().parents[1] / "recipes/export_checkpoint.py"
+    checkpoint = runs / "fsdp/checkpoints/step-00000006"
+    command = [sys.executable, str(script), str(runs / "recipe.yaml"), str(checkpoint), str(tmp_path / "model")]
+    subprocess.run(command, env=environment(), check=True)
+    finished, exported = (load_file(folder / "model/model.safetensors") for folder in (runs / "fsdp", tmp_path))
+    assert finished.keys() == exported.keys()
+    assert all(torch.equal(value, exported[name]) for name, value in finished.items())
+
+
 def test_a_missing_file_of_a_checkpoint_is_named(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "fsdp", tmp_path / "run")
     next((tmp_path / "run/checkpoints/step-00000006").glob("tensors-00001*")).unlink()
