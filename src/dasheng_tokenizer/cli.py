@@ -21,6 +21,7 @@ from dasheng_tokenizer.cli_encode_dataset import add_encode_dataset_command, run
 from dasheng_tokenizer.cli_enhance import add_enhance_command, run_enhance
 from dasheng_tokenizer.cli_enhancement import add_enhancement_command, run_enhancement
 from dasheng_tokenizer.cli_evaluate import add_reconstruction_command, run_reconstruction
+from dasheng_tokenizer.cli_export import add_export_command, run_export
 from dasheng_tokenizer.cli_generate import add_generate_command, run_generate
 from dasheng_tokenizer.cli_generation import add_generation_command, run_generation
 from dasheng_tokenizer.cli_probe import add_probe_command, run_probe
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_probe_command(kinds)
     add_generation_command(kinds)
     add_enhancement_command(kinds)
+    add_export_command(commands)
     add_demo_command(commands)
     return parser
 
@@ -125,6 +127,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.command == "encode-dataset":
         return run_encode_dataset(arguments)
+    if arguments.command == "export":
+        return run_export(arguments)
     if arguments.command == "evaluate":
         kinds = {
             "probe": run_probe,

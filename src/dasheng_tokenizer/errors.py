@@ -70,5 +70,9 @@ class OutputError(DashengTokenizerError, OSError):
     """An output that cannot be written: no permission, a full disk, or a file in the way."""
 
 
+class ExportError(DashengTokenizerError, ValueError):
+    """A model that cannot be exported as a graph."""
+
+
 class MissingExtraError(DashengTokenizerError, ImportError):
     """An optional package is missing; the message names the extra that installs it."""

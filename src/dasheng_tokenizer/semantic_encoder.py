@@ -240,7 +240,11 @@ class DashengEncoder(SemanticEncoder):
 
     def level(self, context_audio: Tensor, num_frames: Tensor) -> Tensor:
         """Loudest mel power of each clip's `num_frames` (B,) frames: (B,) float32."""
-        mel = self.front_end[0](context_audio, int(num_frames.max()))  # (B, 64, F)
+        if torch.compiler.is_compiling():  # the longest clip hangs on the data
+            frames = (context_audio.shape[-1] - 2 * CONTEXT) // SAMPLES_PER_TOKEN * FRAMES_PER_TOKEN
+        else:
+            frames = int(num_frames.max())
+        mel = self.front_end[0](context_audio, frames)  # (B, 64, F)
         mask = token_mask(num_frames, mel.shape[-1])  # (B, F)
         return mel.amax(1).masked_fill(~mask, 0.0).amax(1)
 
