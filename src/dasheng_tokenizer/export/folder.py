@@ -86,21 +86,25 @@ def _write_graph(name: str, graph: nn.Module, width: int, format: Format, folder
     if format == "torch":
         torch.export.save(program, path)
         return
-    onnx_program: Any = torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=INPUTS[name],
-        output_names=OUTPUTS[name],
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about its own parts
+        onnx_program: Any = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=INPUTS[name],
+            output_names=OUTPUTS[name],
+            verbose=False,
+        )
     size = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
     onnx_program.save(path, external_data=size > INLINE_BYTES)
 
 
 def _program(name: str, graph: nn.Module, width: int) -> torch.export.ExportedProgram:
     """Traced with a batch and a length of any size, also 1."""
-    from torch.fx.experimental import _config as tracing
+    from torch.fx.experimental import _config
+
+    tracing: Any = _config  # its type stubs do not know `patch`
 
     count = torch.tensor([40_000, 30_000]) if name == "encoder" else torch.tensor([10, 7])
     example = 0.1 * torch.randn(2, 40_000) if name == "encoder" else torch.randn(2, 10, width)
@@ -113,7 +117,7 @@ def _program(name: str, graph: nn.Module, width: int) -> torch.export.ExportedPr
 
 
 def _quantize(path: Path) -> None:
-    """Weights of matrix products to 8 bits, one scale a column; convolutions and the acoustic layer stay as they are."""
+    """Weights of matrix products to 8 bits, one scale a column; convolutions and the acoustic layer stay float32."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     aside = path.with_name(f"float-{path.name}")

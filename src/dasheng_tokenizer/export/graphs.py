@@ -107,8 +107,10 @@ class DecoderGraph(nn.Module):
 
     def __init__(self, model: DashengTokenizerModel) -> None:
         super().__init__()
-        parts = copy.deepcopy(nn.ModuleList([model.latent_projection, model.upsampler, model.decoder]))
-        self.projection, self.upsampler, self.decoder = parts.float().eval().requires_grad_(False)
+        self.projection = copy.deepcopy(model.latent_projection)
+        self.upsampler = copy.deepcopy(model.upsampler)
+        self.decoder = copy.deepcopy(model.decoder)
+        self.float().eval().requires_grad_(False)
 
     def forward(self, latents: Tensor, num_tokens: Tensor) -> Tensor:
         """Decode.
