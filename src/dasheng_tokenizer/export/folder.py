@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,8 +89,7 @@ def _write_graph(name: str, graph: nn.Module, width: int, format: Format, folder
     if format == "torch":
         torch.export.save(program, path)
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about its own parts
+    with _quiet():
         onnx_program: Any = torch.onnx.export(
             program,
             dynamo=True,
@@ -109,8 +111,7 @@ def _program(name: str, graph: nn.Module, width: int) -> torch.export.ExportedPr
     count = torch.tensor([40_000, 30_000]) if name == "encoder" else torch.tensor([10, 7])
     example = 0.1 * torch.randn(2, 40_000) if name == "encoder" else torch.randn(2, 10, width)
     batch = length = torch.export.Dim.DYNAMIC
-    with warnings.catch_warnings(), tracing.patch(backed_size_oblivious=True):  # else sizes of 0 and 1 are left out
-        warnings.simplefilter("ignore")
+    with _quiet(), tracing.patch(backed_size_oblivious=True):  # else sizes of 0 and 1 are left out
         return torch.export.export(
             graph, (example, count), dynamic_shapes=({0: batch, 1: length}, {0: batch}), strict=False
         )
@@ -122,11 +123,25 @@ def _quantize(path: Path) -> None:
 
     aside = path.with_name(f"float-{path.name}")
     path.rename(aside)
-    quantize_dynamic(
-        aside, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
-    )
+    with _quiet():
+        quantize_dynamic(
+            aside, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
+        )
     for left in (aside, Path(f"{aside}.data")):
         left.unlink(missing_ok=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporters say about parts of their own and about packages that are not needed."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _config(model: DashengTokenizerModel, format: Format, quantize: str | None) -> dict[str, Any]:
