@@ -37,7 +37,6 @@ from dasheng_tokenizer.generation import training_data
 from dasheng_tokenizer.generation.dit import DiffusionTransformer
 from dasheng_tokenizer.generation.generator import Generator
 from dasheng_tokenizer.generation.latent_dataset import LatentDataset
-from dasheng_tokenizer.generation.latent_writer import encode_latents
 from dasheng_tokenizer.generation.text_encoders import load_text_encoder
 from dasheng_tokenizer.generation.training import (
     GeneratorTask,
@@ -53,6 +52,7 @@ from dasheng_tokenizer.generation.training_configuration import (
     load_generator_recipe,
 )
 from dasheng_tokenizer.generation.training_data import LatentBatch, LatentCrops, open_data
+from dasheng_tokenizer.scale.encode import encode_latents
 from dasheng_tokenizer.training import load_any_recipe, loop, train
 from dasheng_tokenizer.training.configuration import OptimizerConfig, TrainingConfig, build_config, to_plain
 from dasheng_tokenizer.training.loop import fit, make_fabric, seed_everything

@@ -74,5 +74,9 @@ class ExportError(DashengTokenizerError, ValueError):
     """A model that cannot be exported as a graph."""
 
 
+class WorkerError(DashengTokenizerError, RuntimeError):
+    """Work that several processes share and that some of them could not do, however often it was tried."""
+
+
 class MissingExtraError(DashengTokenizerError, ImportError):
     """An optional package is missing; the message names the extra that installs it."""

@@ -1,7 +1,7 @@
 """Reading latents of a captioned corpus; `latent_index` has the layout of their folder.
 
 Nothing but the index and the token counts is held in memory: latents are mapped from disk, captions read, when a clip
-is asked for. Needs no more than the core of the package.
+is asked for. Shards in safetensors and tar need no more than the core of the package, those in Parquet pyarrow.
 """
 
 from __future__ import annotations
@@ -15,20 +15,18 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dasheng_tokenizer.errors import DataError, ModelMismatchError
-from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.generation.latent_index import (
     AGAIN,
+    SUFFIXES,
     LatentIndex,
     joined_index,
     read_json,
-    shard_stem,
-    tensor_name,
 )
+from dasheng_tokenizer.generation.latent_shards import DAMAGE, OPENERS, ShardReader
 
 
 class HashedModel(Protocol):
@@ -45,7 +43,7 @@ class LatentItem:
     Attributes:
         key: of the clip in its source; of a window of a longer clip `KEY@FIRST`, its first sample at 16 kHz.
         latents: (T, C) float32, not standardised.
-        captions: texts that describe it, at least one.
+        captions: texts that describe it; at least one, unless clips without were kept on purpose.
         labels: the JSON object of the clip without its captions.
     """
 
@@ -82,17 +80,16 @@ class LatentDataset(Dataset[LatentItem]):
         indices = [LatentIndex.read(folder) for folder in self.folders]
         self.index = joined_index(self.folders, indices)
         self._stems = [
-            folder / shard_stem(number)
+            (folder / name, index.format)
             for folder, index in zip(self.folders, indices, strict=True)
-            for number in range(index.shards)
+            for name in index.names
         ]
-        counts = [self._token_counts(stem) for stem in self._stems]
+        counts = [self._token_counts(stem, kind) for stem, kind in self._stems]
         self.num_tokens: npt.NDArray[np.int64] = np.concatenate(counts)
         self._first = np.cumsum([0, *map(len, counts)])  # clip that each shard begins with
         if (len(self), int(self.num_tokens.sum())) != (self.index.clips, self.index.tokens):
             raise DataError(f"{named[0]}: the shards do not hold what {self.index.clips} clips need; {AGAIN}")
-        self._lines: dict[int, npt.NDArray[np.int64]] = {}
-        self._opened: tuple[int, dict[int, Any]] = (os.getpid(), {})
+        self._opened: tuple[int, dict[int, ShardReader]] = (os.getpid(), {})
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -148,57 +145,41 @@ class LatentDataset(Dataset[LatentItem]):
         shard = int(np.searchsorted(self._first, clip, side="right")) - 1
         return clip, shard, clip - int(self._first[shard])
 
-    def _token_counts(self, stem: Path) -> npt.NDArray[np.int64]:
-        for suffix in (".safetensors", ".jsonl"):
+    def _token_counts(self, stem: Path, kind: str) -> npt.NDArray[np.int64]:
+        for suffix in SUFFIXES[kind]:
             if not stem.with_suffix(suffix).is_file():
                 raise DataError(f"{stem.with_suffix(suffix)} is missing; {AGAIN}")
         try:
-            counts = np.array(read_json(stem.with_suffix(".json"))["tokens"], dtype=np.int64)
-            if counts.ndim != 1 or not len(counts) or counts.min() < 1:
-                raise ValueError("its token counts are none")
-            return counts
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            return np.array(read_json(stem.with_suffix(".json"))["tokens"], dtype=np.int64)
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{stem.with_suffix('.json')} is damaged ({error!r}); {AGAIN}") from error
 
     def _row(self, shard: int, place: int) -> dict[str, Any]:
-        path = self._stems[shard].with_suffix(".jsonl")
         try:
-            if shard not in self._lines:
-                text = np.fromfile(path, dtype=np.uint8)
-                self._lines[shard] = np.append(0, np.flatnonzero(text == ord("\n")) + 1)
-            first, end = self._lines[shard][place : place + 2]
-            with path.open("rb") as file:
-                file.seek(first)
-                row: dict[str, Any] = parse_json(file.read(end - first))
-        except (OSError, ValueError) as error:  # also a line too few, and JSON that is none
-            raise DataError(f"{path} is damaged ({error}); {AGAIN}") from error
-        if not _is_row(row):
-            raise DataError(f"{path} is damaged: line {place + 1} has no key, captions and labels; {AGAIN}")
-        return row
+            return self._reader(shard).row(place)
+        except DAMAGE as error:  # also a line too few, and JSON that is none
+            raise self._damaged(shard, error) from error
 
     def _latents(self, shard: int, place: int, clip: int) -> Tensor:
-        path = self._stems[shard].with_suffix(".safetensors")
         try:
-            latents: Tensor = self._file(shard, path).get_tensor(tensor_name(place))
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path} is damaged ({error}); {AGAIN}") from error
+            latents = self._reader(shard).latents(place)
+        except DAMAGE as error:
+            raise self._damaged(shard, error) from error
         if latents.shape != (self.num_tokens[clip], self.index.latent_dim):
-            raise DataError(f"{path} is damaged: clip {place} has the shape {tuple(latents.shape)}; {AGAIN}")
+            raise self._damaged(shard, f"clip {place} has the shape {tuple(latents.shape)}")
         return latents.to(torch.float32, copy=True)  # (T, C), a copy: the file is only mapped
 
-    def _file(self, shard: int, path: Path) -> Any:
-        """The open shard; a mapping, which takes no file handle. A forked worker opens its own."""
+    def _damaged(self, shard: int, reason: object) -> DataError:
+        stem, kind = self._stems[shard]
+        names = " or ".join(stem.with_suffix(suffix).name for suffix in SUFFIXES[kind])
+        return DataError(f"{stem.parent}: {names} is damaged ({reason}); {AGAIN}")
+
+    def _reader(self, shard: int) -> ShardReader:
+        """The open shard. A forked worker opens its own."""
         if self._opened[0] != os.getpid():
             self._opened = (os.getpid(), {})
         held = self._opened[1]
         if shard not in held:
-            held[shard] = safe_open(path, framework="pt")
+            stem, kind = self._stems[shard]
+            held[shard] = OPENERS[kind](stem)
         return held[shard]
-
-
-def _is_row(row: Any) -> bool:
-    """Whether a line says what `LatentItem` needs."""
-    if not isinstance(row, dict) or not isinstance(row.get("key"), str) or not isinstance(row.get("labels"), dict):
-        return False
-    captions = row.get("captions")
-    return isinstance(captions, list) and bool(captions) and all(isinstance(caption, str) for caption in captions)

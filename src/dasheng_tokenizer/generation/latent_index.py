@@ -1,13 +1,18 @@
 """What a folder of latents says about itself: files, index, mean and standard deviation of its tokens.
 
-Layout, written by `latent_writer.encode_latents` and read by `latent_dataset.LatentDataset`:
+Layout, version 2, written by `scale.encode.encode_dataset` and read by `latent_dataset.LatentDataset`:
 
-    encoding.json               what is encoded: model, options, digest of the sources; written first
-    latents-00000.safetensors   for each clip a tensor (T, C), named by its place in the shard: `000000`, `000001`, …
-    latents-00000.jsonl         for each clip a line with its key, captions and labels
-    latents-00000.json          token counts, statistics, what was skipped, where the sources go on; written last of
-                                the three, so that its presence says that the shard is whole
-    index.json                  the sum of all shards; its presence says that the data set is complete
+    encoding.json                   what is encoded: model, options, digest of the sources; written first
+    latents-00000-000.safetensors   shard 0 of unit of work 0: for each clip a tensor (T, C), named by its place in
+                                    the shard: `000000`, `000001`, …
+    latents-00000-000.jsonl         for each clip a line with its key, captions and labels
+    latents-00000-000.json          token counts, statistics, what was skipped, where the unit goes on; written last,
+                                    so that its presence says that the shard is whole
+    index.json                      names and sums of all shards; its presence says that the data set is complete
+
+In place of the first two files, a shard may be one `.tar` (WebDataset: for each clip `NAME.npy` and `NAME.json`) or one
+`.parquet` (columns key, captions, labels, num_tokens, latents). Version 1 has no units of work (`latents-00000.…`) and
+safetensors only.
 """
 
 from __future__ import annotations
@@ -23,18 +28,16 @@ import torch
 from torch import Tensor
 
 from dasheng_tokenizer.errors import DataError, ModelMismatchError
-from dasheng_tokenizer.files import atomic_path, parse_json
+from dasheng_tokenizer.files import atomic_path
 
 FORMAT = "dasheng-tokenizer-latents"
-VERSION = 1
+VERSION = 2
+
+SUFFIXES = {"safetensors": (".safetensors", ".jsonl"), "webdataset": (".tar",), "parquet": (".parquet",)}
+"""Formats of shards, and the suffixes of their files, besides that of the note (`.json`)."""
 
 ENCODING = "encoding.json"
 INDEX = "index.json"
-
-
-def shard_stem(number: int) -> str:
-    """Name of the files of a shard, without suffix."""
-    return f"latents-{number:05d}"
 
 
 def tensor_name(row: int) -> str:
@@ -105,8 +108,9 @@ class LatentIndex:
         clips: items; a clip that was cut counts once for each of its windows.
         hours: of audio, without padding.
         skipped: what was left out, with reasons.
-        shards: files of latents.
+        names: of the shards, without suffix, in order.
         options: that the latents were made with.
+        format: kind of shards, a key of `SUFFIXES`.
     """
 
     model_hash: str
@@ -117,8 +121,14 @@ class LatentIndex:
     clips: int
     hours: float
     skipped: dict[str, str]
-    shards: int
+    names: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    format: str = "safetensors"
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return len(self.names)
 
     @property
     def tokens(self) -> int:
@@ -151,7 +161,8 @@ class LatentIndex:
             "clips": self.clips,
             "hours": self.hours,
             "tokens": self.tokens,
-            "shards": self.shards,
+            "shard_format": self.format,
+            "shards": list(self.names),
             "options": self.options,
             "skipped": self.skipped,
             "mean": self.statistics.mean.tolist(),
@@ -172,13 +183,12 @@ class LatentIndex:
                 raise DataError(f"{folder} is not complete; run the same `encode-dataset` again, it goes on from there")
             raise DataError(f"{folder} holds no latents ({INDEX} is missing); make them with `encode-dataset`")
         held = read_json(path)
-        if held.get("format") != FORMAT or held.get("version") != VERSION:
+        if held.get("format") != FORMAT or held.get("version") not in (1, VERSION):
             raise DataError(
                 f"{path} is of format {held.get('format')}, version {held.get('version')}; this package reads "
-                f"{FORMAT}, version {VERSION}; encode the data again or update the package"
+                f"{FORMAT}, versions 1 and {VERSION}; encode the data again or update the package"
             )
         try:
-            _check_types(held)
             index = cls(
                 held["model_hash"],
                 held["tokenizer"],
@@ -188,39 +198,28 @@ class LatentIndex:
                 held["clips"],
                 held["hours"],
                 held["skipped"],
-                held["shards"],
+                _names(held),
                 held["options"],
+                held.get("shard_format", "safetensors"),
             )
-        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error!r}); {AGAIN}") from error
-        widths = {tuple(index.mean.shape), tuple(index.std.shape)}
-        if widths != {(index.latent_dim,)} or not bool(torch.isfinite(index.mean + index.std).all()):
-            raise DataError(f"{path} is damaged: mean and standard deviation do not fit; {AGAIN}")
+        if (
+            index.format not in SUFFIXES
+            or index.latent_dim != len(index.mean)
+            or not bool(torch.isfinite(index.mean + index.std).all())
+        ):
+            raise DataError(f"{path} is damaged: format, mean or standard deviation do not fit; {AGAIN}")
         return index
 
 
 AGAIN = "copy the folder again, or encode the data again with --overwrite"
 
 
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("model_hash", "tokenizer"), str),
-    **dict.fromkeys(("latent_dim", "clips", "tokens", "shards"), int),
-    **dict.fromkeys(("frame_rate", "hours"), (int, float)),
-    **dict.fromkeys(("skipped", "options"), dict),
-    **dict.fromkeys(("mean", "std"), list),
-}
-
-MOST_SHARDS = 100_000
-"""Five digits of their names."""
-
-
-def _check_types(held: dict[str, Any]) -> None:
-    """Raise TypeError or ValueError where an entry of the index cannot be."""
-    for name, kind in _TYPES.items():
-        if not isinstance(held[name], kind) or isinstance(held[name], bool):
-            raise TypeError(f"{name} is {held[name]!r}")
-    if min(held["latent_dim"], held["clips"], held["tokens"]) < 1 or not 1 <= held["shards"] <= MOST_SHARDS:
-        raise ValueError(f"{held['clips']} clips of {held['tokens']} tokens in {held['shards']} shards")
+def _names(held: dict[str, Any]) -> tuple[str, ...]:
+    if held["version"] == 1:
+        return tuple(f"latents-{number:05d}" for number in range(held["shards"]))
+    return tuple(map(str, held["shards"]))
 
 
 def _statistics(held: dict[str, Any]) -> TokenStatistics:
@@ -253,7 +252,7 @@ def joined_index(folders: Sequence[Path], indices: Sequence[LatentIndex]) -> Lat
         clips=sum(index.clips for index in indices),
         hours=math.fsum(index.hours for index in indices),
         skipped={f"{f}: {name}": why for f, i in zip(folders, indices, strict=True) for name, why in i.skipped.items()},
-        shards=sum(index.shards for index in indices),
+        names=tuple(f"{f}/{name}" for f, i in zip(folders, indices, strict=True) for name in i.names),
     )
 
 
@@ -264,7 +263,7 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: missing or damaged.
     """
     try:
-        held = parse_json(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is missing or damaged; {AGAIN}") from error
     if not isinstance(held, dict):

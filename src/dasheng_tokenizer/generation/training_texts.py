@@ -23,11 +23,13 @@ def all_captions(dataset: LatentDataset) -> set[str]:
     """All captions of a data set, each once.
 
     Raises:
-        DataError: one that cannot be encoded.
+        DataError: one that cannot be encoded, or a clip without any.
     """
     found: set[str] = set()
     for index in range(len(dataset)):
         key, captions, _ = dataset.description(index)
+        if not captions:
+            raise DataError(f"{key} has no caption; encode the data without --keep-uncaptioned to train a generator")
         try:
             found.update(checked_texts(captions))
         except TextError as error:

@@ -128,7 +128,7 @@ def find_shards(sources: Sequence[str | Path]) -> list[Shard]:
         raise DataError("no audio is named; list tar shards, files or folders (in a recipe: data.train, data.valid)")
     tars: dict[Path, None] = {}
     loose: dict[Path, Path] = {}  # file → the folder its key is relative to
-    for path in (path for source in sources for path in _expand(str(source))):
+    for path in (path for source in sources for path in expand_source(str(source))):
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
             audio = [file for file in files if file.suffix.lower() in READ_SUFFIXES]
@@ -193,8 +193,13 @@ def _is_tar(path: Path) -> bool:
     return path.name.lower().endswith(TAR_SUFFIXES)
 
 
-def _expand(source: str) -> Iterator[Path]:
-    """Ranges in braces, then globs."""
+def expand_source(source: str) -> Iterator[Path]:
+    """Local paths that a source names: ranges in braces, then globs.
+
+    Raises:
+        DataError: it matches nothing.
+        MissingExtraError: braceexpand is not installed.
+    """
     if Path(source).exists():  # a name may hold brackets or braces itself
         yield Path(source)
         return
