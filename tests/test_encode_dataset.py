@@ -18,20 +18,21 @@ import torch
 
 from conftest import tiny
 from dasheng_tokenizer.cli import main
-from dasheng_tokenizer.errors import DataError, OutputError, WorkerError
+from dasheng_tokenizer.errors import DataError, LatentError, ModelMismatchError, OutputError, WorkerError
 from dasheng_tokenizer.generation.latent_dataset import LatentDataset
 from dasheng_tokenizer.generation.latent_index import TokenStatistics
+from dasheng_tokenizer.scale import encode as encode_module
 from dasheng_tokenizer.scale.encode import encode_latents
-from dasheng_tokenizer.scale.local_engine import LocalProcesses
+from dasheng_tokenizer.scale.options import EncodingOptions
 from dasheng_tokenizer.scale.shard_writer import EncodingJob
-from dasheng_tokenizer.scale.work import ATTEMPTS, MOST_FAILED, WorkQueue
+from dasheng_tokenizer.scale.units import TarUnit
+from dasheng_tokenizer.scale.work import ATTEMPTS, MOST_FAILED, WorkQueue, check_model, try_unit
 from test_latent_dataset import StandIn, clip, corpus, files_of, write_tar
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIPS = 1200
-BROKEN = ("tar-3/c0007", "tar-6/c0100")  # of every tar, the place of clips that are no audio
 PER_TAR = 120
 
 
@@ -173,9 +174,6 @@ def test_ray_workers_and_their_driver_may_die(
 
 
 def fake_job(tmp_path: Path, units: int) -> EncodingJob:
-    from dasheng_tokenizer.scale.options import EncodingOptions
-    from dasheng_tokenizer.scale.units import TarUnit
-
     names = tuple(TarUnit(str(tmp_path / f"{n}.tar")) for n in range(units))
     return EncodingJob(tmp_path, names, EncodingOptions(), 120.0, "hash", "mark")
 
@@ -209,16 +207,29 @@ def test_many_failed_units_and_workers_that_never_start_stop_a_run(tmp_path: Pat
             queue.worker_lost("x")
 
 
-def test_a_model_that_changed_under_its_name_is_noticed(large: Path, tmp_path: Path) -> None:
-    """Also that an error of a worker is the error of the run."""
-    from dasheng_tokenizer.errors import ModelMismatchError
-    from dasheng_tokenizer.scale.encode import encode_dataset
-    from dasheng_tokenizer.scale.options import EncodingOptions
-
-    engine = LocalProcesses(2, str(large / "model"))
-    other = tiny("dasheng")
+def test_a_model_that_changed_under_its_name_is_noticed(tmp_path: Path) -> None:
+    check_model(fake_job(tmp_path, 1), StandIn("hash"))
     with pytest.raises(ModelMismatchError, match="same model on all machines"):
-        encode_dataset([large / "*.tar"], tmp_path / "z", engine, other, EncodingOptions(), source_name="x")
+        check_model(fake_job(tmp_path, 1), StandIn("other"))
+
+
+def test_what_another_try_may_mend_and_what_not(tmp_path: Path) -> None:
+    class Failing(StandIn):
+        def encode(self, audio: Any, padding_mask: Any = None) -> Any:
+            raise RuntimeError("out of memory")
+
+    class Wrong(StandIn):
+        def encode(self, audio: Any, padding_mask: Any = None) -> Any:
+            return super().encode(audio, padding_mask)[:, :-1]
+
+    write_tar(tmp_path / "0.tar", clip("a", 0.2, 0, caption="x"))
+    job = fake_job(tmp_path, 1)
+    assert try_unit(job, 0, Failing(), print) == ("failed", "RuntimeError: out of memory")
+    kind, error = try_unit(job, 0, Wrong(), print)
+    assert kind == "fatal" and isinstance(error, LatentError)
+    added: list[int] = []
+    assert try_unit(job, 0, StandIn(), added.append) == ("done", 0) and added == [1]
+    assert try_unit(job, 0, StandIn(), added.append) == ("done", 0) and added == [1]  # it was done
 
 
 # ---------------------------------------------------------------------------------------------------- formats
@@ -331,11 +342,11 @@ def test_a_folder_by_path_and_by_url_is_the_same(tmp_path: Path) -> None:
 def test_what_a_url_lacks_is_named(tmp_path: Path) -> None:
     fsspec = pytest.importorskip("fsspec", reason="needs the extra scale")
     memory = fsspec.filesystem("memory")
-    for name, data in (clip("a", 0.2, 0, caption="a") | {"b.flac": b"no audio", "b.json": b'{"caption": "b"}'}).items():
+    members = clip("a", 0.2, 0, caption="a") | {"b.flac": b"no audio", "b.json": b'{"caption": "b"}'}
+    for name, data in members.items():
         memory.pipe(f"/scale-test/{name}", data)
-    memory.pipe(
-        "/scale-test/t.tar", Path(write_tar(tmp_path / "t.tar", clip("t", 0.2, 1, caption="t"))).read_bytes()[:700]
-    )
+    whole = Path(write_tar(tmp_path / "t.tar", clip("t", 0.2, 1, caption="t"))).read_bytes()
+    memory.pipe("/scale-test/t.tar", whole[:700])
     index = encode_latents("memory://scale-test", tmp_path / "z", StandIn(), source_name="x", progress=False)
     assert index.clips == 1 and "scale-test/b.flac" in index.skipped
     assert [name for name in index.skipped if name.startswith("memory://")] == ["memory:///scale-test/t.tar"]
@@ -418,14 +429,12 @@ def test_a_file_that_was_missing_for_a_while_moves_no_other(tmp_path: Path) -> N
         if len(list((tmp_path / "z").glob("latents-*.json"))) == 2:
             raise Stop
 
-    from dasheng_tokenizer.scale import encode as module
-
     hidden.rename(paths[0])
-    plan = module.plan_units([tmp_path / "clips"], 12)
+    plan = encode_module.plan_units([tmp_path / "clips"], 12)
     assert len(plan.units) == 1
     paths[0].rename(hidden)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "plan_units", lambda *_: plan)  # it was there when the run began
+        patch.setattr(encode_module, "plan_units", lambda *_: plan)  # it was there when the run began
         with pytest.raises(Stop):
             encode_latents([tmp_path / "clips"], tmp_path / "z", StandIn(before=stop), source_name="x", **options)
     hidden.rename(paths[0])
@@ -458,19 +467,16 @@ def test_shards_of_two_encodings_never_mix(tmp_path: Path) -> None:
     source = write_tar(tmp_path / "a.tar", clip("a", 0.2, 0, caption="x"))
     encode_latents(source, tmp_path / "z", StandIn(), source_name="x", progress=False)
     encode_latents(source, tmp_path / "y", StandIn(), source_name="x", progress=False, dtype="float32")
-    for name in ("encoding.json",):
-        (tmp_path / "z" / name).write_bytes((tmp_path / "y" / name).read_bytes())
+    (tmp_path / "z" / "encoding.json").write_bytes((tmp_path / "y" / "encoding.json").read_bytes())
     (tmp_path / "z" / "index.json").unlink()
     with pytest.raises(OutputError, match="other settings"):
         encode_latents(source, tmp_path / "z", StandIn(), source_name="x", progress=False, dtype="float32")
 
 
 def test_clips_of_one_name_are_all_reported(tmp_path: Path) -> None:
+    broken = {"k.flac": b"broken", "k.json": b'{"caption": "x"}'} | clip("o", 0.1, 0, caption="o")
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        write_tar(
-            tmp_path / folder / "p.tar",
-            {"k.flac": b"broken", "k.json": b'{"caption": "x"}'} | clip("o", 0.1, 0, caption="o"),
-        )
+        write_tar(tmp_path / folder / "p.tar", broken)
     index = encode_latents([tmp_path / "a", tmp_path / "b"], tmp_path / "z", StandIn(), source_name="x", progress=False)
     assert list(index.skipped) == ["p.tar/k", "p.tar/k (latents-00001-000)"] and index.clips == 2
