@@ -175,7 +175,7 @@ def test_ray_workers_and_their_driver_may_die(
 
 def fake_job(tmp_path: Path, units: int) -> EncodingJob:
     names = tuple(TarUnit(str(tmp_path / f"{n}.tar")) for n in range(units))
-    return EncodingJob(tmp_path, names, EncodingOptions(), 120.0, "hash", "mark")
+    return EncodingJob(tmp_path, names, EncodingOptions(), 120.0, "hash", 5, "mark")
 
 
 def test_a_unit_is_tried_a_few_times_and_the_others_done(tmp_path: Path) -> None:

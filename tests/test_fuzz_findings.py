@@ -30,9 +30,9 @@ from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.generation import LatentDataset
 from dasheng_tokenizer.generation.dit import DiTConfig
 from dasheng_tokenizer.generation.generator import Generator, GeneratorInfo
-from dasheng_tokenizer.generation.latent_writer import encode_latents
 from dasheng_tokenizer.generation.text_encoders import load_text_encoder
 from dasheng_tokenizer.reconstruction_report import Report
+from dasheng_tokenizer.scale.encode import encode_latents
 from dasheng_tokenizer.training import load_any_recipe
 from dasheng_tokenizer.training.plain_yaml import DEEPEST, parse_yaml
 from fuzz.seeds import audio_bytes, text_encoder
@@ -237,7 +237,7 @@ def latents(tmp_path: Path) -> Path:
     ],
 )
 def test_a_damaged_line_of_a_folder_of_latents_is_named(latents: Path, spoil: Callable[[dict[str, Any]], Any]) -> None:
-    path = latents / "latents-00000.jsonl"
+    path = latents / "latents-00000-000.jsonl"
     path.write_text(json.dumps(spoil(json.loads(path.read_text()))) + "\n")
     data = LatentDataset(latents)
     with pytest.raises(DataError, match="damaged"):
@@ -250,12 +250,15 @@ def test_a_damaged_line_of_a_folder_of_latents_is_named(latents: Path, spoil: Ca
     ("name", "entries"),
     [
         ("index.json", {"shards": "1"}),
-        ("index.json", {"shards": 10**9}),
+        ("index.json", {"shards": ["../audio/a"]}),
+        ("index.json", {"shards": ["latents-00000-000", 1]}),
+        ("index.json", {"version": 1, "shards": 10**9}),
+        ("index.json", {"shard_format": "pickle"}),
         ("index.json", {"clips": None}),
         ("index.json", {"mean": {}}),
         ("index.json", {"mean": [0.0]}),
-        ("latents-00000.json", {"tokens": 3}),
-        ("latents-00000.json", {"tokens": [10**30]}),
+        ("latents-00000-000.json", {"tokens": 3}),
+        ("latents-00000-000.json", {"tokens": [10**30]}),
     ],
 )
 def test_a_damaged_index_of_latents_is_named(latents: Path, name: str, entries: dict[str, Any]) -> None:
@@ -276,7 +279,7 @@ def test_a_damaged_index_of_latents_is_named(latents: Path, name: str, entries: 
 )
 def test_an_encoding_does_not_go_on_from_a_damaged_note(latents: Path, entries: dict[str, Any]) -> None:
     (latents / "index.json").unlink()
-    change(latents / "latents-00000.json", **entries)
+    change(latents / "latents-00000-000.json", **entries)
     with pytest.raises(DataError, match="damaged"):
         encode_latents([latents.parent / "audio"], latents, tiny(), source_name="tiny")
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dasheng_tokenizer.errors import ConfigurationError
+from dasheng_tokenizer.errors import ConfigurationError, one_line
 
 if TYPE_CHECKING:
     from dasheng_tokenizer.scale.encode import Engine
@@ -134,7 +134,7 @@ def run_encode_dataset(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     for name, reason in outcome.skipped.items():
-        print(f"error: {name}: {reason}", file=sys.stderr)
+        print(f"error: {one_line(f'{name}: {reason}')}", file=sys.stderr)
     if complete:
         print(f"{arguments.destination} is complete, nothing to do (--overwrite makes it anew)")
     if outcome.index is None:

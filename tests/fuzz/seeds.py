@@ -16,8 +16,8 @@ from conftest import WHISPER, new_generator, tiny
 from dasheng_tokenizer import DashengTokenizerModel
 from dasheng_tokenizer.enhancement.denoiser import Denoiser, DenoiserConfig, DenoiserInfo
 from dasheng_tokenizer.generation import GeneratorInfo
-from dasheng_tokenizer.generation.latent_writer import encode_latents
 from dasheng_tokenizer.generation.text_encoders import load_text_encoder
+from dasheng_tokenizer.scale.encode import encode_latents
 
 RATE = 16_000
 ROOT = Path(__file__).resolve().parents[2]

@@ -86,6 +86,8 @@ class LatentDataset(Dataset[LatentItem]):
         ]
         counts = [self._token_counts(stem, kind) for stem, kind in self._stems]
         self.num_tokens: npt.NDArray[np.int64] = np.concatenate(counts)
+        # Of several folders the index has no options.
+        self._uncaptioned = any(index.options.get("keep_uncaptioned") is True for index in indices)
         self._first = np.cumsum([0, *map(len, counts)])  # clip that each shard begins with
         if (len(self), int(self.num_tokens.sum())) != (self.index.clips, self.index.tokens):
             raise DataError(f"{named[0]}: the shards do not hold what {self.index.clips} clips need; {AGAIN}")
@@ -150,15 +152,21 @@ class LatentDataset(Dataset[LatentItem]):
             if not stem.with_suffix(suffix).is_file():
                 raise DataError(f"{stem.with_suffix(suffix)} is missing; {AGAIN}")
         try:
-            return np.array(read_json(stem.with_suffix(".json"))["tokens"], dtype=np.int64)
-        except (KeyError, TypeError, ValueError) as error:
+            counts = np.array(read_json(stem.with_suffix(".json"))["tokens"], dtype=np.int64)
+            if counts.ndim != 1 or not len(counts) or counts.min() < 1:
+                raise ValueError("its token counts are none")
+            return counts
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{stem.with_suffix('.json')} is damaged ({error!r}); {AGAIN}") from error
 
     def _row(self, shard: int, place: int) -> dict[str, Any]:
         try:
-            return self._reader(shard).row(place)
+            row = self._reader(shard).row(place)
         except DAMAGE as error:  # also a line too few, and JSON that is none
             raise self._damaged(shard, error) from error
+        if not _is_row(row, self._uncaptioned):
+            raise self._damaged(shard, f"clip {place} has no key, captions and labels")
+        return row
 
     def _latents(self, shard: int, place: int, clip: int) -> Tensor:
         try:
@@ -183,3 +191,13 @@ class LatentDataset(Dataset[LatentItem]):
             stem, kind = self._stems[shard]
             held[shard] = OPENERS[kind](stem)
         return held[shard]
+
+
+def _is_row(row: Any, uncaptioned: bool) -> bool:
+    """Whether a row says what `LatentItem` needs."""
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str) or not isinstance(row.get("labels"), dict):
+        return False
+    captions = row.get("captions")
+    if not isinstance(captions, list) or not (captions or uncaptioned):
+        return False
+    return all(isinstance(caption, str) for caption in captions)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dasheng_tokenizer.errors import DataError, ModelMismatchError
-from dasheng_tokenizer.files import atomic_path
+from dasheng_tokenizer.files import atomic_path, parse_json
 
 FORMAT = "dasheng-tokenizer-latents"
 VERSION = 2
@@ -189,6 +190,7 @@ class LatentIndex:
                 f"{FORMAT}, versions 1 and {VERSION}; encode the data again or update the package"
             )
         try:
+            _check_types(held)
             index = cls(
                 held["model_hash"],
                 held["tokenizer"],
@@ -202,24 +204,55 @@ class LatentIndex:
                 held["options"],
                 held.get("shard_format", "safetensors"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise DataError(f"{path} is damaged ({error!r}); {AGAIN}") from error
-        if (
-            index.format not in SUFFIXES
-            or index.latent_dim != len(index.mean)
-            or not bool(torch.isfinite(index.mean + index.std).all())
-        ):
-            raise DataError(f"{path} is damaged: format, mean or standard deviation do not fit; {AGAIN}")
+        widths = {tuple(index.mean.shape), tuple(index.std.shape)}
+        if widths != {(index.latent_dim,)} or not bool(torch.isfinite(index.mean + index.std).all()):
+            raise DataError(f"{path} is damaged: mean and standard deviation do not fit; {AGAIN}")
         return index
 
 
 AGAIN = "copy the folder again, or encode the data again with --overwrite"
 
 
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model_hash", "tokenizer"), str),
+    **dict.fromkeys(("latent_dim", "clips", "tokens"), int),
+    **dict.fromkeys(("frame_rate", "hours"), (int, float)),
+    **dict.fromkeys(("skipped", "options"), dict),
+    **dict.fromkeys(("mean", "std"), list),
+}
+
+MOST_SHARDS = 100_000
+"""Five digits of their names, in version 1."""
+
+_NAME = re.compile(r"latents-\d{5,9}-\d{3,9}")
+
+
+def _check_types(held: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError where an entry of the index cannot be."""
+    for name, kind in _TYPES.items():
+        if not isinstance(held[name], kind) or isinstance(held[name], bool):
+            raise TypeError(f"{name} is {held[name]!r}")
+    if min(held["latent_dim"], held["clips"], held["tokens"]) < 1:
+        raise ValueError(f"{held['clips']} clips of {held['tokens']} tokens")
+    if held.get("shard_format", "safetensors") not in SUFFIXES:
+        raise ValueError(f"shard_format is {held['shard_format']!r}")
+
+
 def _names(held: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the shards; nothing else, since files are opened by them."""
+    shards = held["shards"]
     if held["version"] == 1:
-        return tuple(f"latents-{number:05d}" for number in range(held["shards"]))
-    return tuple(map(str, held["shards"]))
+        if not isinstance(shards, int) or isinstance(shards, bool) or not 1 <= shards <= MOST_SHARDS:
+            raise ValueError(f"shards is {shards!r}")
+        return tuple(f"latents-{number:05d}" for number in range(shards))
+    if not isinstance(shards, list) or not shards:
+        raise ValueError(f"shards is {shards!r}")
+    for name in shards:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no shard")
+    return tuple(shards)
 
 
 def _statistics(held: dict[str, Any]) -> TokenStatistics:
@@ -263,7 +296,7 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: missing or damaged.
     """
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is missing or damaged; {AGAIN}") from error
     if not isinstance(held, dict):

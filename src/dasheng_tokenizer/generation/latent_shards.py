@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from bisect import bisect_right
 from collections.abc import Callable
@@ -17,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dasheng_tokenizer.files import require_extra
+from dasheng_tokenizer.files import parse_json, require_extra
 from dasheng_tokenizer.generation.latent_index import tensor_name
 
-DAMAGE = (OSError, ValueError, LookupError, EOFError, SafetensorError, tarfile.TarError)
+DAMAGE = (OSError, ValueError, TypeError, LookupError, EOFError, AttributeError, SafetensorError, tarfile.TarError)
 """What the readers raise at a damaged file."""
 
 
@@ -50,7 +49,7 @@ class SafetensorsShard:
         first, end = self._lines[place : place + 2]
         with self._text.open("rb") as file:
             file.seek(first)
-            row: dict[str, Any] = json.loads(file.read(end - first))
+            row: dict[str, Any] = parse_json(file.read(end - first))
         return row
 
     def latents(self, place: int) -> Tensor:
@@ -70,7 +69,7 @@ class WebDatasetShard:
 
     def row(self, place: int) -> dict[str, Any]:
         """As in `ShardReader`."""
-        row: dict[str, Any] = json.loads(self._read("json", place))
+        row: dict[str, Any] = parse_json(self._read("json", place))
         return row
 
     def latents(self, place: int) -> Tensor:
@@ -104,7 +103,7 @@ class ParquetShard:
         group, line = self._place(place)
         table = self._file.read_row_group(group, columns=["key", "captions", "labels"])
         row: dict[str, Any] = table.slice(line, 1).to_pylist()[0]
-        return {**row, "labels": json.loads(row["labels"])}
+        return {**row, "labels": parse_json(row["labels"])}
 
     def latents(self, place: int) -> Tensor:
         """As in `ShardReader`."""

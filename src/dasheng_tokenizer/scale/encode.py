@@ -160,7 +160,9 @@ def encode_dataset(
     )
     folder = Path(destination).absolute()
     encoding = claim(folder, _encoding(model, source_name, options, plan.digest), overwrite)
-    job = EncodingJob(folder, plan.units, options, batch_seconds, encoding["model_hash"], fingerprint(encoding))
+    job = EncodingJob(
+        folder, plan.units, options, batch_seconds, encoding["model_hash"], model.latent_dim, fingerprint(encoding)
+    )
     mine = range(share.index, len(plan.units), share.count)
     if not is_complete(folder):
         held = {number: job.parts(number) for number in mine}

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dasheng_tokenizer.errors import ModelMismatchError, OutputError
+from dasheng_tokenizer.errors import DataError, ModelMismatchError, OutputError
 from dasheng_tokenizer.files import is_partial, make_folder, output_error
 from dasheng_tokenizer.generation.latent_index import (
+    AGAIN,
     ENCODING,
     FORMAT,
     INDEX,
     SUFFIXES,
     VERSION,
     LatentIndex,
+    TokenStatistics,
     read_json,
     write_json,
 )
@@ -91,7 +93,7 @@ def clear(folder: Path) -> None:
             raise output_error(file, error) from error
 
 
-def whole_parts(folder: Path, unit: int, kind: str, mark: str) -> list[dict[str, Any]]:
+def whole_parts(folder: Path, unit: int, kind: str, mark: str, latent_dim: int) -> list[dict[str, Any]]:
     """What is noted of the shards of a unit that are whole, from the first on. `next` of the last is null at its end.
 
     Args:
@@ -99,6 +101,7 @@ def whole_parts(folder: Path, unit: int, kind: str, mark: str) -> list[dict[str,
         unit: number.
         kind: format of the shards.
         mark: `fingerprint` of the encoding.
+        latent_dim: width of its latents.
 
     Raises:
         DataError: a note is damaged.
@@ -106,15 +109,37 @@ def whole_parts(folder: Path, unit: int, kind: str, mark: str) -> list[dict[str,
     """
     parts: list[dict[str, Any]] = []
     while is_whole(stem := folder / part_name(unit, len(parts)), kind):
-        parts.append(read_json(stem.with_suffix(".json")))
-        if parts[-1].get("encoding") != mark:
+        path = stem.with_suffix(".json")
+        parts.append(read_json(path))
+        if not _is_note(parts[-1], latent_dim):
+            raise DataError(f"{path} is damaged; {AGAIN}")
+        if parts[-1]["encoding"] != mark:
             raise OutputError(
-                f"{stem}.json is of an encoding with other settings, begun in this folder at the same time; use "
+                f"{path} is of an encoding with other settings, begun in this folder at the same time; use "
                 "--overwrite (overwrite=True), and a folder for each"
             )
         if parts[-1]["next"] is None:
             break
     return parts
+
+
+def _is_note(part: dict[str, Any], latent_dim: int) -> bool:
+    """Whether a note of a shard says what going on needs."""
+    try:
+        statistics = TokenStatistics.from_json(part["statistics"])
+        following = part["next"] if part["next"] is not None else [0, 0]
+        widths = {tuple(statistics.mean.shape), tuple(statistics.squares.shape)}
+        return (
+            isinstance(part["skipped"], dict)
+            and isinstance(part["encoding"], str)
+            and isinstance(part["tokens"], list)
+            and len(following) == 2
+            and all(isinstance(n, int) and 0 <= n < 2**62 for n in [*part["tokens"], *following, part["samples"]])
+            and statistics.count == sum(part["tokens"])
+            and widths == {(latent_dim,)}
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):
+        return False
 
 
 def is_done(parts: Sequence[dict[str, Any]]) -> bool:

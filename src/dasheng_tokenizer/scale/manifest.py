@@ -8,14 +8,14 @@ captions, its name under `id` or `key`; all else comes along as labels.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dasheng_tokenizer.errors import DataError
-from dasheng_tokenizer.files import require_extra
+from dasheng_tokenizer.files import parse_json, require_extra
 from dasheng_tokenizer.scale.storage import base_name, folder_of, join, opened, read_bytes
 from dasheng_tokenizer.training.clips import EncodedClip, SkipReport
 
@@ -80,7 +80,7 @@ class ManifestUnit:
         if self.manifest.lower().endswith(".jsonl"):
             for line in read_bytes(self.manifest, self.start, self.end).split(b"\n")[: self.last - self.first]:
                 try:
-                    yield json.loads(line) if line.strip() else None
+                    yield parse_json(line) if line.strip() else None
                 except ValueError:
                     yield line
             return
@@ -107,7 +107,9 @@ class ManifestUnit:
             report.add(mark, f"no path of audio under {self.path_key or ', '.join(PATH_KEYS)}")
             return None
         key = next((str(row[name]) for name in KEY_KEYS if row.get(name) is not None), path or mark)
-        labels = {name: value for name, value in row.items() if not (name == named[0] and isinstance(held, dict))}
+        labels = {
+            str(name): _plain(value) for name, value in row.items() if not (name == named[0] and isinstance(held, dict))
+        }
         if data is None:
             try:
                 data = read_bytes(join(folder_of(self.manifest), str(path)))
@@ -115,6 +117,17 @@ class ManifestUnit:
                 report.add(f"{self.group}/{key}", f"{path}: {error.strerror or error}")
                 return None
         return EncodedClip(str(key), data, labels)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON knows it; Parquet knows dates, bytes and numbers that are none."""
+    if isinstance(value, dict):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def split_manifest(manifest: str, rows: int, path_key: str | None) -> tuple[list[ManifestUnit], str]:

@@ -44,7 +44,7 @@ def write_safetensors(stem: Path, rows: Rows, latents: Sequence[Tensor]) -> None
                 raise OSError(int(number[1]), str(error)) from error  # atomic_path names it
             raise OutputError(f"cannot write {path}: {error}; check free space and permissions") from error
     with atomic_path(stem.with_suffix(".jsonl")) as temporary:
-        lines = "".join(json.dumps(row, default=str) + "\n" for row in rows)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
         temporary.write_text(lines, encoding="utf-8", newline="\n")
 
 
@@ -61,7 +61,7 @@ def write_webdataset(stem: Path, rows: Rows, latents: Sequence[Tensor]) -> None:
     with atomic_path(stem.with_suffix(".tar")) as temporary, temporary.open("wb") as file:
         with TarWriter(file, mtime=0, user="", group="") as archive:
             for place, (row, tensor) in enumerate(zip(rows, latents, strict=True)):
-                text = json.dumps(row, default=str).encode()
+                text = json.dumps(row).encode()
                 archive.write({
                     "__key__": f"{stem.name.removeprefix('latents-')}-{tensor_name(place)}",
                     "json": text,
@@ -83,7 +83,7 @@ def write_parquet(stem: Path, rows: Rows, latents: Sequence[Tensor]) -> None:
     table = pyarrow.table({
         "key": pyarrow.array([row["key"] for row in rows], pyarrow.string()),
         "captions": pyarrow.array([list(row["captions"]) for row in rows], pyarrow.list_(pyarrow.string())),
-        "labels": pyarrow.array([json.dumps(row["labels"], default=str) for row in rows], pyarrow.string()),
+        "labels": pyarrow.array([json.dumps(row["labels"]) for row in rows], pyarrow.string()),
         "num_tokens": pyarrow.array([len(tensor) for tensor in latents], pyarrow.int32()),
         "latents": pyarrow.LargeListArray.from_arrays(pyarrow.array(ends, pyarrow.int64()), numbers),
     })  # fmt: skip

@@ -58,6 +58,7 @@ class EncodingJob:
         options: what is stored.
         batch_seconds: audio encoded at once, padding included.
         model_hash: of the model that must be used.
+        latent_dim: of that model.
         mark: `fingerprint` of the encoding, noted in every shard.
     """
 
@@ -66,11 +67,12 @@ class EncodingJob:
     options: EncodingOptions
     batch_seconds: float
     model_hash: str
+    latent_dim: int
     mark: str
 
     def parts(self, number: int) -> list[dict[str, Any]]:
         """Notes of the shards of a unit that are whole."""
-        return whole_parts(self.folder, number, self.options.format, self.mark)
+        return whole_parts(self.folder, number, self.options.format, self.mark, self.latent_dim)
 
 
 def encode_unit(job: EncodingJob, number: int, model: LatentModel, advance: Callable[[int], None]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from dasheng_tokenizer.errors import DataError
+from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.scale.storage import base_name, is_url, join, local_copy, read_bytes
 from dasheng_tokenizer.training.clips import EncodedClip, Shard, SkipReport, encoded_clips
 
@@ -117,10 +118,12 @@ def labels_name(key: str) -> str:
 
 def _labels(root: str, key: str, report: SkipReport) -> dict[str, object]:
     try:
-        held = json.loads(read_bytes(join(root, labels_name(key))))
+        held = parse_json(read_bytes(join(root, labels_name(key))))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except DataError:  # a storage that does not answer
+        raise
+    except (OSError, ValueError) as error:
         report.add(f"{key}.json", f"labels are not JSON: {error}")
         return {}
     return held if isinstance(held, dict) else {}
