@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dasheng_tokenizer.errors import CheckpointError, ConfigurationError
-from dasheng_tokenizer.generation.latent_writer import encode_latents
+from dasheng_tokenizer.scale.encode import encode_latents
 from dasheng_tokenizer.training import train
 from dasheng_tokenizer.training.checkpoint_tensors import CheckpointTensors
 from dasheng_tokenizer.training.data import DataConfig
