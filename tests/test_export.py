@@ -164,14 +164,20 @@ def test_int8_takes_less_and_stays_near(tmp_path: Path, tiny_folder: Path) -> No
     folder = tmp_path / "int8"
     shutil.copytree(tiny_folder, folder)
     for part in ("encoder", "decoder"):
-        export_folder._quantize(folder / f"{part}.onnx")
+        graph = (EncoderGraph if part == "encoder" else DecoderGraph)(tiny())
+        export_folder._quantize(folder / f"{part}.onnx", graph.spectral_width)
         operators = {node.op_type for node in pytest.importorskip("onnx").load(folder / f"{part}.onnx").graph.node}
         assert {"MatMulInteger", "Conv"} <= operators and "ConvInteger" not in operators
     assert {path.name for path in folder.iterdir()} == {"config.json", "decoder.onnx", "encoder.onnx"}
     audio, count = batch(2, 16_000)
     small, whole = Exported(folder), Exported(tiny_folder)
-    near, exact = small.encode(audio, count)[0], whole.encode(audio, count)[0]
+    near, (exact, _, tokens) = small.encode(audio, count)[0], whole.encode(audio, count)
     assert 0 < (near - exact).norm() / exact.norm() < 0.1
+    heard, expected = small.decode(exact, tokens), whole.decode(exact, tokens)
+    assert 0 < (heard - expected).norm() / expected.norm() < 0.1
+    spectral = DecoderGraph(tiny()).spectral_width  # the head and the inverse STFT
+    weights = pytest.importorskip("onnx").load(folder / "decoder.onnx").graph.initializer
+    assert [weight.data_type for weight in weights if spectral in weight.dims and len(weight.dims) == 2] == [1, 1]
 
 
 def test_the_example_needs_no_torch(embedded_folder: Path, tmp_path: Path) -> None:

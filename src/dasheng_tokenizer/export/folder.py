@@ -62,7 +62,10 @@ def export_model(
     if format == "onnx":
         for module in ("onnx", "onnxscript", *(["onnxruntime"] if quantize else [])):
             require_extra(module, EXTRA)
-    graphs: dict[str, nn.Module] = {"encoder": EncoderGraph(model).eval(), "decoder": DecoderGraph(model).eval()}
+    graphs: dict[str, EncoderGraph | DecoderGraph] = {
+        "encoder": EncoderGraph(model).eval(),
+        "decoder": DecoderGraph(model).eval(),
+    }
     make_folder(target.parent)
     # A fixed name, so that the next run removes what a killed one left.
     staging = target.parent / f".{target.name}.partial"
@@ -72,7 +75,7 @@ def export_model(
         for name, graph in graphs.items():
             _write_graph(name, graph, model.latent_dim, format, staging)
             if quantize:
-                _quantize(staging / f"{name}.onnx")
+                _quantize(staging / f"{name}.onnx", graph.spectral_width)
         text = json.dumps(_config(model, format, quantize), indent=2) + "\n"
         (staging / "config.json").write_text(text, encoding="utf-8")
         staging.replace(target)
@@ -117,15 +120,28 @@ def _program(name: str, graph: nn.Module, width: int) -> torch.export.ExportedPr
         )
 
 
-def _quantize(path: Path) -> None:
-    """Weights of matrix products to 8 bits, one scale a column; convolutions and the acoustic layer stay float32."""
+def _quantize(path: Path, spectral_width: int) -> None:
+    """Weights of matrix products to 8 bits, one scale a column; convolutions and the acoustic layer stay float32.
+
+    So do products with a dimension of `spectral_width`: spectra span more than 8 bits. With the inverse STFT in 8 bits
+    speech lost 0.3 PESQ-WB and its mel distance doubled.
+    """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    graph = onnx.load(path, load_external_data=False).graph
+    spectral = {weight.name for weight in graph.initializer if spectral_width in weight.dims}
+    kept = [node.name for node in graph.node if spectral & set(node.input)]
     aside = path.with_name(f"float-{path.name}")
     path.rename(aside)
     with _quiet():
         quantize_dynamic(
-            aside, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
+            aside,
+            path,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=kept,
         )
     for left in (aside, Path(f"{aside}.data")):
         left.unlink(missing_ok=True)

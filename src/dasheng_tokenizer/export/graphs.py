@@ -61,6 +61,11 @@ class EncoderGraph(nn.Module):
         self.encoder = copy.deepcopy(model.injection).float().eval().requires_grad_(False)
         _replace_spectrograms(self.encoder)
 
+    @property
+    def spectral_width(self) -> int:
+        """Inputs of Dasheng's layer on spectra, 64 bands and 4 frames; other encoders begin with convolutions."""
+        return 64 * FRAMES_PER_TOKEN if self.encoder.model.needs_level else 0
+
     def forward(self, audio: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode.
 
@@ -111,6 +116,11 @@ class DecoderGraph(nn.Module):
         self.upsampler = copy.deepcopy(model.upsampler)
         self.decoder = copy.deepcopy(model.decoder)
         self.float().eval().requires_grad_(False)
+
+    @property
+    def spectral_width(self) -> int:
+        """Outputs of the head, and inputs of the inverse STFT."""
+        return self.decoder.head.istft.n_fft + 2
 
     def forward(self, latents: Tensor, num_tokens: Tensor) -> Tensor:
         """Decode.
