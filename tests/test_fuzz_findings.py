@@ -284,6 +284,14 @@ def test_an_encoding_does_not_go_on_from_a_damaged_note(latents: Path, entries: 
         encode_latents([latents.parent / "audio"], latents, tiny(), source_name="tiny")
 
 
+@pytest.mark.parametrize("entries", [{"latent_dim": 33}, {"frame_rate": "x"}, {"tokenizer": None}])
+def test_an_encoding_does_not_go_on_from_a_damaged_description(latents: Path, entries: dict[str, Any]) -> None:
+    (latents / "index.json").unlink()
+    change(latents / "encoding.json", **entries)
+    with pytest.raises(DataError, match="damaged"):
+        encode_latents([latents.parent / "audio"], latents, tiny(), source_name="tiny")
+
+
 @pytest.mark.parametrize(
     "table",
     [[], {"files": [3]}, {"files": [{"file": "a", "stoi": "x"}]}, {"files": [{"file": "a", "mel_distance": [1]}]}],

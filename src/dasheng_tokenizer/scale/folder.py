@@ -77,6 +77,9 @@ def claim(folder: Path, encoding: dict[str, Any], overwrite: bool) -> dict[str, 
         raise OutputError(f"{folder} was encoded with other options ({', '.join(changed)}); {remedy}")
     if held.get("sources") != encoding["sources"]:
         raise OutputError(f"{folder} holds latents of other sources, or of these before they changed; {remedy}")
+    told = [name for name in ("latent_dim", "frame_rate") if held.get(name) != encoding[name]]
+    if told or not isinstance(held.get("tokenizer"), str):
+        raise DataError(f"{folder / ENCODING} is damaged ({', '.join(told) or 'tokenizer'}); {AGAIN}")
     return held
 
 
