@@ -177,6 +177,31 @@ def test_half_precision_keeps_spectra_and_sums_in_float32(kind: str, dtype: torc
         assert model.decode(encoded).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_tokens_of_a_model_in_half_precision_are_of_the_same_model(dtype: torch.dtype, tmp_path: Path) -> None:
+    exact = MODELS["dasheng"]
+    exact.save_pretrained(tmp_path)
+    audio = noise(1, 5_000).numpy()
+    for half in (
+        DashengTokenizerModel.from_pretrained(tmp_path, dtype=dtype),
+        AutoModel.from_pretrained(tmp_path, dtype=str(dtype).split(".")[1]),
+    ):
+        assert half.dtype == dtype
+        tokens = half.eval().compress(audio, 16_000)
+        assert tokens.weights_hash == exact.weights_hash() and tokens.dtype == dtype
+        assert exact.decompress(tokens).shape == audio.shape
+    moved = tiny()
+    assert moved.weights_hash() == moved.to(dtype).weights_hash() == exact.weights_hash()
+    moved.upsampler.bias.add_(1)
+    assert moved.weights_hash() != exact.weights_hash()
+    identified = tiny()
+    identified.weights_hash()
+    identified.to_empty(device="cpu")
+    identified.load_state_dict({name: tensor + 1 for name, tensor in exact.state_dict().items()})
+    assert identified.weights_hash() != exact.weights_hash()
+
+
 def test_auto_classes_and_round_trip(tmp_path: Path) -> None:
     model = MODELS["whisper"]
     model.save_pretrained(tmp_path)

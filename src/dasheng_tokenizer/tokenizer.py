@@ -42,6 +42,12 @@ if TYPE_CHECKING:
     from dasheng_tokenizer.token_file import AudioTokens
 
 
+HALF_PRECISION = {
+    name: dtype for dtype in (torch.float16, torch.bfloat16) for name in (dtype, str(dtype), str(dtype).split(".")[1])
+}
+"""How a caller may ask for one."""
+
+
 @dataclass
 class DashengTokenizerOutput(ModelOutput):
     """What the model returns; B clips, S samples, T tokens, D latent width.
@@ -107,7 +113,14 @@ class DashengTokenizerModel(PreTrainedModel):
         Raises:
             CheckpointError: not found, damaged, or with missing, foreign or misshapen weights.
         """
-        return load_strictly(super().from_pretrained, pretrained_model_name_or_path, kwargs)
+        half = {name: kwargs[name] for name in ("dtype", "torch_dtype") if kwargs.get(name) in HALF_PRECISION}
+        if not half or kwargs.keys() & {"device_map", "output_loading_info", "quantization_config"}:
+            return load_strictly(super().from_pretrained, pretrained_model_name_or_path, kwargs)
+        # Cast after it was identified, so that its tokens are known to be of the checkpoint.
+        exact = {name: value for name, value in kwargs.items() if name not in half}
+        model = load_strictly(super().from_pretrained, pretrained_model_name_or_path, exact)
+        model.weights_hash()
+        return model.to(HALF_PRECISION[next(iter(half.values()))])
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """A folder that `from_pretrained` and the Auto classes of transformers load; arguments as in transformers."""
@@ -318,18 +331,40 @@ class DashengTokenizerModel(PreTrainedModel):
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def weights_hash(self) -> str:
-        """SHA-256 of all weights as float32, in hex; the same in every precision that holds the weights exactly."""
-        state = self.state_dict()
-        key = tuple((tensor.data_ptr(), tensor._version) for tensor in state.values())
+        """SHA-256 of all weights as float32, in hex.
+
+        A model that is moved to another device or cast to another precision afterwards keeps it, since its latents stay
+        those of the same model; `from_pretrained(dtype=…)` asks before it casts.
+        """
+        key = self._hash_key()
         if self._hash_cache[0] != key:  # hashing takes seconds at full size and callers ask once per file
             digest = hashlib.sha256()
-            for name, tensor in sorted(state.items()):
+            for name, tensor in sorted(self.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
             self._hash_cache = (key, digest.hexdigest())
         return self._hash_cache[1]
 
+    def to_empty(self, *args: Any, **kwargs: Any) -> DashengTokenizerModel:
+        """As in torch; what it was is forgotten."""
+        self._hash_cache = (None, "")
+        return super().to_empty(*args, **kwargs)
+
     # ------------------------------------------------------------------ inside
+
+    def _hash_key(self) -> tuple[tuple[int, int], ...]:
+        """Changes whenever a weight does; those made in inference mode have no version and are taken for constant."""
+        tensors = self.state_dict().values()
+        return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DashengTokenizerModel:
+        """Moves and casts: see `weights_hash`."""
+        key, known = self._hash_cache
+        same = key is not None and key == self._hash_key()
+        super()._apply(fn, recurse)
+        if same:
+            self._hash_cache = (self._hash_key(), known)
+        return self
 
     def _encode_parts(
         self, audio: Tensor, padding_mask: Tensor | None
