@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
+# Files of tests at a time.
+TEST_WORKERS ?= 2
 CODE := src tests benchmarks examples recipes space docs/make_results.py docs/make_configuration.py
 
 .PHONY: install demo test lint fuzz bench results docs clean
@@ -39,7 +41,7 @@ demo: $(VENV)/.installed-demo
 	@echo "Figures:  demo-output/metrics.csv and metrics.json"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(CODE)

@@ -42,11 +42,12 @@ from throughput_systems import (
 
 PEERS = ("Dac", "Encodec", "Mimi")
 OURS = ("published size", "embedded default")
-CLIPS = ((1, 1), (10, 1), (10, 4), (60, 1))
-PEER_CLIPS = ((1, 1), (10, 1))
-HOUR = 3600
-RUNS, BUDGET = 5, 20.0  # of a cell: medians of 5 runs, or of as many as 20 seconds allow
 REFERENCE = (10, 1)  # the clip that operations, errors and the ratio to the plain form are taken from
+CLIPS = ((1, 1), REFERENCE, (10, 4), (60, 1))
+PEER_CLIPS = ((1, 1), REFERENCE)
+COMPILED_CLIPS = (REFERENCE, (60, 1))
+HOUR = 3600
+RUNS, BUDGET = 5, 8.0  # of a cell: medians of 5 runs, or of as many as 8 seconds allow
 
 
 def clock(device: str) -> float:
@@ -57,9 +58,10 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def median_seconds(action: Callable[[], object], device: str) -> float:
-    """Median of several runs after one to warm up."""
-    action()
+def median_seconds(action: Callable[[], object], device: str, warm: bool) -> float:
+    """Median of several runs; after one to warm up, unless shorter clips did that."""
+    if not warm:
+        action()
     times: list[float] = []
     while len(times) < RUNS and sum(times) < BUDGET:
         start = clock(device)
@@ -99,12 +101,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     peak = 0.0 if slow else matrix_peak(dtype, options.device)
     system = build(options.system, dtype, options.device, options.compiled, options.folder)
     found: dict[str, Any] = {"peak": peak, "cells": []}
-    for seconds, batch in PEER_CLIPS if options.system in PEERS else CLIPS:
+    clips = PEER_CLIPS if options.system in PEERS else COMPILED_CLIPS if options.compiled else CLIPS
+    for seconds, batch in clips:
+        warm = options.device == "cpu" and (seconds, batch) not in PEER_CLIPS
         audio = noise(seconds * system.rate, batch, options.device)
         encoded = system.encode(audio)
         times = [
-            median_seconds(lambda audio=audio: system.encode(audio), options.device),  # type: ignore[misc]
-            median_seconds(lambda encoded=encoded: system.decode(encoded), options.device),  # type: ignore[misc]
+            median_seconds(lambda audio=audio: system.encode(audio), options.device, warm),  # type: ignore[misc]
+            median_seconds(lambda encoded=encoded: system.decode(encoded), options.device, warm),  # type: ignore[misc]
         ]
         found["cells"].append([seconds, batch, *times])
         if (seconds, batch) == REFERENCE and not options.compiled:

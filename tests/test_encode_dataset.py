@@ -83,7 +83,7 @@ def done_units(folder: Path) -> int:
     return len(list(folder.glob("latents-*.json")))
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 120) -> Any:
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 600) -> Any:
     """Poll until the condition holds while the process runs."""
     end = time.monotonic() + seconds
     while not (found := condition()):
