@@ -91,7 +91,10 @@ def _add_engine_options(command: argparse.ArgumentParser) -> None:
         "--ray-address", metavar="A", help="of a Ray cluster (default: RAY_ADDRESS, or Ray on this machine)"
     )
     command.add_argument(
-        "--cpus-per-worker", type=int, default=1, metavar="N", help="cores of each worker of Ray (default: 1)"
+        "--cpus-per-worker", type=int, metavar="N", help="threads of each (default: cores divided by workers; Ray: 1)"
+    )
+    command.add_argument(
+        "--gpus-per-worker", type=float, default=1, metavar="X", help="share of a GPU, with Ray (default: 1)"
     )
     command.add_argument(
         "--shard-index", type=int, default=0, metavar="I", help="of this run among --shard-count (default: 0)"
@@ -161,7 +164,8 @@ def _engine(arguments: argparse.Namespace) -> tuple[Engine, DashengTokenizerMode
     if name and os.path.exists(name):
         name = os.path.abspath(name)  # workers of Ray run in other folders
     if arguments.engine == "ray":
-        actors = RayActors(workers, name, arguments.ray_address, arguments.device, arguments.cpus_per_worker)
+        cores = arguments.cpus_per_worker or 1
+        actors = RayActors(workers, name, arguments.ray_address, arguments.device, cores, arguments.gpus_per_worker)
         return actors, load_model(name, "cpu", None)
     if arguments.ray_address:
         raise ConfigurationError("--ray-address goes with --engine ray")
@@ -172,4 +176,4 @@ def _engine(arguments: argparse.Namespace) -> tuple[Engine, DashengTokenizerMode
         model = load_model(name, arguments.device, None)
         return ThisProcess(model), model
     devices = tuple(f"cuda:{number}" for number in range(gpus)) or ((arguments.device,) if arguments.device else ())
-    return LocalProcesses(workers, name, devices), load_model(name, "cpu", None)
+    return LocalProcesses(workers, name, devices, arguments.cpus_per_worker), load_model(name, "cpu", None)

@@ -28,16 +28,18 @@ class LocalProcesses:
         workers: number of processes.
         model_name: folder or hub name of the tokenizer; None is the embedded one.
         devices: taken in turn by the processes; empty is the CPU.
+        cpus: threads of each process; None divides the cores among them.
     """
 
     workers: int
     model_name: str | None
     devices: tuple[str, ...] = ()
+    cpus: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        if self.workers < 1:
-            raise ConfigurationError(f"{self.workers} workers do nothing; give at least one")
+        if self.workers < 1 or (self.cpus is not None and self.cpus < 1):
+            raise ConfigurationError(f"{self.workers} workers of {self.cpus} cores do nothing; give at least one each")
 
     def run(self, job: EncodingJob, numbers: Sequence[int], advance: Callable[[int], None]) -> None:
         """As in `encode.Engine`.
@@ -77,7 +79,7 @@ class _Worker:
         self.unit: int | None = None
         self.pipe, theirs = context.Pipe()
         device = engine.devices[place % len(engine.devices)] if engine.devices else "cpu"
-        threads = max(1, (os.cpu_count() or 1) // count)
+        threads = engine.cpus or max(1, (os.cpu_count() or 1) // count)
         self.process: SpawnProcess = context.Process(
             target=_serve, args=(theirs, job, engine.model_name, device, threads), daemon=True
         )
