@@ -64,7 +64,13 @@ def add_encode_dataset_command(commands: argparse._SubParsersAction[argparse.Arg
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
         default="float16",
-        help="number type stored; the model computes in float32 (default: float16)",
+        help="number type stored (default: float16)",
+    )
+    command.add_argument(
+        "--model-dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float32",
+        help="arithmetic of the model (default: float32)",
     )
     command.add_argument(
         "--batch-seconds", type=float, default=120.0, metavar="S", help="audio encoded at once (default: 120)"
@@ -121,6 +127,7 @@ def run_encode_dataset(arguments: argparse.Namespace) -> int:
         keep_uncaptioned=arguments.keep_uncaptioned,
         clips_per_unit=arguments.clips_per_unit,
         path_key=arguments.path_key,
+        arithmetic=arguments.model_dtype,
     )
     share = Share(arguments.shard_index, arguments.shard_count)
     complete = not arguments.overwrite and is_complete(arguments.destination)
@@ -174,6 +181,7 @@ def _engine(arguments: argparse.Namespace) -> tuple[Engine, DashengTokenizerMode
         workers = max(1, gpus)
     if workers == 1:
         model = load_model(name, arguments.device, None)
-        return ThisProcess(model), model
+        half = arguments.model_dtype != "float32"
+        return ThisProcess(load_model(name, arguments.device, arguments.model_dtype) if half else model), model
     devices = tuple(f"cuda:{number}" for number in range(gpus)) or ((arguments.device,) if arguments.device else ())
     return LocalProcesses(workers, name, devices, arguments.cpus_per_worker), load_model(name, "cpu", None)

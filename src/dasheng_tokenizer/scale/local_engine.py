@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError
 from dasheng_tokenizer.scale.shard_writer import EncodingJob
-from dasheng_tokenizer.scale.work import Message, WorkQueue, check_model, try_unit
+from dasheng_tokenizer.scale.work import Message, WorkQueue, load_checked, try_unit
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -127,13 +127,10 @@ def _serve(pipe: Connection, job: EncodingJob, model_name: str | None, device: s
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its children
     import torch
 
-    from dasheng_tokenizer.cli_audio import load_model
-
     torch.set_num_threads(threads)
     message: Message = ("ready", 0)
     try:
-        model = load_model(model_name, device, None)
-        check_model(job, model)
+        model = load_checked(job, model_name, device)
     except DashengTokenizerError as error:
         message = ("fatal", error)
     pipe.send(message)

@@ -21,7 +21,7 @@ from typing import Any
 from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError
 from dasheng_tokenizer.files import require_extra
 from dasheng_tokenizer.scale.shard_writer import EncodingJob
-from dasheng_tokenizer.scale.work import Message, WorkQueue, check_model, try_unit
+from dasheng_tokenizer.scale.work import Message, WorkQueue, load_checked, try_unit
 
 PATIENCE = 60.0
 """Seconds without one worker, after which the run says what it waits for."""
@@ -112,12 +112,9 @@ class UnitEncoder:
         """Load the model."""
         import torch
 
-        from dasheng_tokenizer.cli_audio import load_model
-
         torch.set_num_threads(self._threads)
         try:
-            self._model = load_model(self._model_name, self._device, None)
-            check_model(self._job, self._model)
+            self._model = load_checked(self._job, self._model_name, self._device)
         except DashengTokenizerError as error:
             return "fatal", error
         return "ready", 0
