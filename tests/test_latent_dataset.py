@@ -405,6 +405,10 @@ def test_what_is_left_out_is_named_with_its_reason(tmp_path: Path) -> None:
         {"shard_megabytes": 0},
         {"shard_megabytes": 0.0011},
         {"batch_seconds": 0},
+        {"format": "zip"},
+        {"format": "parquet", "dtype": "bfloat16"},
+        {"arithmetic": "int8"},
+        {"clips_per_unit": 0},
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], tmp_path: Path) -> None:
@@ -545,6 +549,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "--overwrite" in capsys.readouterr().err
     assert main([*command, "--overwrite", "--dtype", "bfloat16", sources[0], target]) == 0
     assert "nothing to do" not in capsys.readouterr().out
+    assert main([*command, "--model-dtype", "bfloat16", sources[0], str(tmp_path / "x")]) == 0
+    half, whole = LatentDataset(tmp_path / "x"), LatentDataset(target)
+    half.require_model(model)  # whatever it computes in
+    error = torch.cat([a.latents - b.latents for a, b in zip(half, whole, strict=True)]).norm()
+    assert 0 < error < 0.05 * torch.cat([item.latents for item in whole]).norm()
     assert main([*command, sources[0], str(tmp_path / "data" / "no.tar"), str(tmp_path / "y")]) == 1
     assert "error: " in (said := capsys.readouterr()).err and "no.tar" in said.err and "5 clips" in said.out
 

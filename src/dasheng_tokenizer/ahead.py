@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 _END = object()
 
 
-def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
+def ahead(items: Iterable[T], count: int = 2) -> Generator[T, None, None]:
     """The same items in the same order, the next `count` of them made by a thread in the meantime.
 
     What making an item raises comes up where that item would. Leaving early waits for the items in the making.

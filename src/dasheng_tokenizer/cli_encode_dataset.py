@@ -64,7 +64,13 @@ def add_encode_dataset_command(commands: argparse._SubParsersAction[argparse.Arg
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
         default="float16",
-        help="number type stored; the model computes in float32 (default: float16)",
+        help="number type stored (default: float16)",
+    )
+    command.add_argument(
+        "--model-dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float32",
+        help="arithmetic of the model (default: float32)",
     )
     command.add_argument(
         "--batch-seconds", type=float, default=120.0, metavar="S", help="audio encoded at once (default: 120)"
@@ -91,7 +97,10 @@ def _add_engine_options(command: argparse.ArgumentParser) -> None:
         "--ray-address", metavar="A", help="of a Ray cluster (default: RAY_ADDRESS, or Ray on this machine)"
     )
     command.add_argument(
-        "--cpus-per-worker", type=int, default=1, metavar="N", help="cores of each worker of Ray (default: 1)"
+        "--cpus-per-worker", type=int, metavar="N", help="threads of each (default: cores divided by workers; Ray: 1)"
+    )
+    command.add_argument(
+        "--gpus-per-worker", type=float, default=1, metavar="X", help="share of a GPU, with Ray (default: 1)"
     )
     command.add_argument(
         "--shard-index", type=int, default=0, metavar="I", help="of this run among --shard-count (default: 0)"
@@ -118,6 +127,7 @@ def run_encode_dataset(arguments: argparse.Namespace) -> int:
         keep_uncaptioned=arguments.keep_uncaptioned,
         clips_per_unit=arguments.clips_per_unit,
         path_key=arguments.path_key,
+        arithmetic=arguments.model_dtype,
     )
     share = Share(arguments.shard_index, arguments.shard_count)
     complete = not arguments.overwrite and is_complete(arguments.destination)
@@ -161,7 +171,8 @@ def _engine(arguments: argparse.Namespace) -> tuple[Engine, DashengTokenizerMode
     if name and os.path.exists(name):
         name = os.path.abspath(name)  # workers of Ray run in other folders
     if arguments.engine == "ray":
-        actors = RayActors(workers, name, arguments.ray_address, arguments.device, arguments.cpus_per_worker)
+        cores = arguments.cpus_per_worker or 1
+        actors = RayActors(workers, name, arguments.ray_address, arguments.device, cores, arguments.gpus_per_worker)
         return actors, load_model(name, "cpu", None)
     if arguments.ray_address:
         raise ConfigurationError("--ray-address goes with --engine ray")
@@ -170,6 +181,7 @@ def _engine(arguments: argparse.Namespace) -> tuple[Engine, DashengTokenizerMode
         workers = max(1, gpus)
     if workers == 1:
         model = load_model(name, arguments.device, None)
-        return ThisProcess(model), model
+        half = arguments.model_dtype != "float32"
+        return ThisProcess(load_model(name, arguments.device, arguments.model_dtype) if half else model), model
     devices = tuple(f"cuda:{number}" for number in range(gpus)) or ((arguments.device,) if arguments.device else ())
-    return LocalProcesses(workers, name, devices), load_model(name, "cpu", None)
+    return LocalProcesses(workers, name, devices, arguments.cpus_per_worker), load_model(name, "cpu", None)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError
 from dasheng_tokenizer.scale.shard_writer import EncodingJob
-from dasheng_tokenizer.scale.work import Message, WorkQueue, check_model, try_unit
+from dasheng_tokenizer.scale.work import Message, WorkQueue, load_checked, try_unit
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -28,16 +28,18 @@ class LocalProcesses:
         workers: number of processes.
         model_name: folder or hub name of the tokenizer; None is the embedded one.
         devices: taken in turn by the processes; empty is the CPU.
+        cpus: threads of each process; None divides the cores among them.
     """
 
     workers: int
     model_name: str | None
     devices: tuple[str, ...] = ()
+    cpus: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        if self.workers < 1:
-            raise ConfigurationError(f"{self.workers} workers do nothing; give at least one")
+        if self.workers < 1 or (self.cpus is not None and self.cpus < 1):
+            raise ConfigurationError(f"{self.workers} workers of {self.cpus} cores do nothing; give at least one each")
 
     def run(self, job: EncodingJob, numbers: Sequence[int], advance: Callable[[int], None]) -> None:
         """As in `encode.Engine`.
@@ -77,7 +79,7 @@ class _Worker:
         self.unit: int | None = None
         self.pipe, theirs = context.Pipe()
         device = engine.devices[place % len(engine.devices)] if engine.devices else "cpu"
-        threads = max(1, (os.cpu_count() or 1) // count)
+        threads = engine.cpus or max(1, (os.cpu_count() or 1) // count)
         self.process: SpawnProcess = context.Process(
             target=_serve, args=(theirs, job, engine.model_name, device, threads), daemon=True
         )
@@ -125,13 +127,10 @@ def _serve(pipe: Connection, job: EncodingJob, model_name: str | None, device: s
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its children
     import torch
 
-    from dasheng_tokenizer.cli_audio import load_model
-
     torch.set_num_threads(threads)
     message: Message = ("ready", 0)
     try:
-        model = load_model(model_name, device, None)
-        check_model(job, model)
+        model = load_checked(job, model_name, device)
     except DashengTokenizerError as error:
         message = ("fatal", error)
     pipe.send(message)

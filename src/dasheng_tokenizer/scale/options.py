@@ -31,6 +31,7 @@ class EncodingOptions:
         keep_uncaptioned: whether clips without captions are kept; no generator can be trained on these.
         clips_per_unit: files of a folder, or rows of a manifest, that one worker encodes at a time.
         path_key: column of the audio in manifests; None searches for it.
+        arithmetic: number type that the model computes in: float32, float16 or bfloat16.
     """
 
     captions: str = "caption"
@@ -41,6 +42,7 @@ class EncodingOptions:
     keep_uncaptioned: bool = False
     clips_per_unit: int = CLIPS_PER_UNIT
     path_key: str | None = None
+    arithmetic: str = "float32"
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -48,6 +50,8 @@ class EncodingOptions:
             raise ConfigurationError("the key of the captions is empty; name that of the JSON files, such as caption")
         if self.dtype not in DTYPES:
             raise ConfigurationError(f"latents cannot be stored as {self.dtype!r}; choose from {', '.join(DTYPES)}")
+        if self.arithmetic not in DTYPES:
+            raise ConfigurationError(f"no model computes in {self.arithmetic!r}; choose from {', '.join(DTYPES)}")
         if self.format not in SUFFIXES:
             raise ConfigurationError(
                 f"there are no shards of format {self.format!r}; choose from {', '.join(SUFFIXES)}"

@@ -21,7 +21,7 @@ from typing import Any
 from dasheng_tokenizer.errors import ConfigurationError, DashengTokenizerError
 from dasheng_tokenizer.files import require_extra
 from dasheng_tokenizer.scale.shard_writer import EncodingJob
-from dasheng_tokenizer.scale.work import Message, WorkQueue, check_model, try_unit
+from dasheng_tokenizer.scale.work import Message, WorkQueue, load_checked, try_unit
 
 PATIENCE = 60.0
 """Seconds without one worker, after which the run says what it waits for."""
@@ -32,11 +32,12 @@ class RayActors:
     """Actors of a Ray cluster. One that dies, with its node or alone, is replaced.
 
     Attributes:
-        workers: most actors at a time; None takes one for each GPU of the cluster, or for each `cpus` of its cores.
+        workers: most actors at a time; None takes as many as its GPUs, or its cores, have room for.
         model_name: folder or hub name of the tokenizer, the same on all nodes; None is the embedded one.
         address: of the cluster, such as `auto` or `ray://head:10001`; None takes `RAY_ADDRESS`, or starts Ray here.
         device: cpu or cuda; None takes GPUs where the cluster has them.
         cpus: cores, and threads, of each actor.
+        gpus: share of a GPU that each actor takes where it uses one.
     """
 
     workers: int | None
@@ -44,11 +45,14 @@ class RayActors:
     address: str | None = None
     device: str | None = None
     cpus: int = 1
+    gpus: float = 1
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         if (self.workers is not None and self.workers < 1) or self.cpus < 1:
             raise ConfigurationError(f"{self.workers} workers of {self.cpus} cores do nothing; give at least one each")
+        if not 0 < self.gpus <= 1:
+            raise ConfigurationError(f"a worker takes a GPU or a share of one, not {self.gpus}; give 1, 0.5, 0.25, …")
 
     def run(self, job: EncodingJob, numbers: Sequence[int], advance: Callable[[int], None]) -> None:
         """As in `encode.Engine`.
@@ -64,8 +68,10 @@ class RayActors:
             if self.device == "cuda" and not gpus:
                 warnings.warn("the cluster has no GPU yet; the run waits until it gets one", stacklevel=2)
             on_gpu = bool(gpus) or self.device == "cuda"
-            most = self.workers or gpus or int(resources.get("CPU", 1) // self.cpus) or 1
-            actor = ray.remote(UnitEncoder).options(num_cpus=self.cpus, num_gpus=int(on_gpu), max_restarts=0)
+            most = self.workers or int(gpus / self.gpus) or int(resources.get("CPU", 1) // self.cpus) or 1
+            actor = ray.remote(UnitEncoder).options(
+                num_cpus=self.cpus, num_gpus=self.gpus if on_gpu else 0, max_restarts=0
+            )
             arguments = (ray.put(job), self.model_name, "cuda" if on_gpu else "cpu", self.cpus)
             pool = _Pool(ray, lambda: actor.remote(*arguments), WorkQueue(job, numbers), min(most, len(numbers)))
             pool.run(advance)
@@ -106,12 +112,9 @@ class UnitEncoder:
         """Load the model."""
         import torch
 
-        from dasheng_tokenizer.cli_audio import load_model
-
         torch.set_num_threads(self._threads)
         try:
-            self._model = load_model(self._model_name, self._device, None)
-            check_model(self._job, self._model)
+            self._model = load_checked(self._job, self._model_name, self._device)
         except DashengTokenizerError as error:
             return "fatal", error
         return "ready", 0

@@ -2,13 +2,15 @@
 
 A killed unit repeats at most one shard, and gives the same bytes as one that was not: where shards end, which clips are
 encoded together and what each shard notes as skipped hang only on what comes after the shard before. Memory holds one
-shard of latents and a pool of audio, whatever the size of the unit; a long clip is decoded whole, then cut.
+shard of latents and three pools of audio, whatever the size of the unit; a long clip is decoded whole, then cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dasheng_tokenizer.ahead import ahead
 from dasheng_tokenizer.errors import LatentError
 from dasheng_tokenizer.generation.latent_index import TokenStatistics, write_json
 from dasheng_tokenizer.scale.folder import is_done, part_name, whole_parts
@@ -97,13 +100,38 @@ def encode_unit(job: EncodingJob, number: int, model: LatentModel, advance: Call
     start = Position(*parts[-1]["next"]) if parts else Position(0, 0)
     noted, count = len(report), len(parts)  # entries that belong to shards before the one in the making
     writer = _ShardWriter(job.folder / part_name(number, count), model, job)
-    for window in windows(unit, start, report, options.captions, options.keep_uncaptioned, options.max_tokens):
-        if not writer.fits(window):
-            advance(writer.close(report, noted, last=False))
-            noted, count = len(report), count + 1
-            writer = _ShardWriter(job.folder / part_name(number, count), model, job)
-        writer.add(window, report)
+    reading = SkipReport(dict(report.skipped))
+    found = windows(unit, start, reading, options.captions, options.keep_uncaptioned, options.max_tokens)
+    pool_samples = BATCHES_PER_POOL * job.batch_seconds * SAMPLING_RATE
+    # Audio is read and resampled while the model computes. What reading notes is handed over with the next window: a
+    # shard must hold no note of what comes after it.
+    with closing(ahead(_pools(found, reading, pool_samples), 1)) as pools:
+        for pool in pools:
+            for window, notes in pool:
+                report.skipped.update(notes)
+                if window is None:
+                    break
+                if not writer.fits(window):
+                    advance(writer.close(report, noted, last=False))
+                    noted, count = len(report), count + 1
+                    writer = _ShardWriter(job.folder / part_name(number, count), model, job)
+                writer.add(window, report)
     advance(writer.close(report, noted, last=True))
+
+
+def _pools(
+    found: Iterator[Window], report: SkipReport, samples: float
+) -> Iterator[list[tuple[Window | None, dict[str, str]]]]:
+    """Windows in groups of that much audio, each with what `report` noted since the one before; None is the end."""
+    pool: list[tuple[Window | None, dict[str, str]]] = []
+    held, seen = 0, len(report)
+    for window in chain(found, [None]):
+        pool.append((window, dict(islice(report.skipped.items(), seen, None))))
+        seen = len(report)
+        held += len(window.audio) if window is not None else 0
+        if held >= samples or window is None:
+            yield pool
+            pool, held = [], 0
 
 
 class _ShardWriter:

@@ -97,6 +97,22 @@ def check_model(job: EncodingJob, model: LatentModel) -> None:
         )
 
 
+def load_checked(job: EncodingJob, model_name: str | None, device: str) -> LatentModel:
+    """Load the model in the arithmetic of the job. The hash is that of the weights as they are stored.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        ConfigurationError: there is no such device.
+        ModelMismatchError: it is another one.
+    """
+    from dasheng_tokenizer.cli_audio import load_model
+
+    half = job.options.arithmetic != "float32"
+    model = load_model(model_name, "cpu" if half else device, None)
+    check_model(job, model)
+    return load_model(model_name, device, job.options.arithmetic) if half else model
+
+
 def try_unit(job: EncodingJob, number: int, model: LatentModel, advance: Callable[[int], None]) -> Message:
     """Encode a unit; whatever goes wrong is told and not raised.
 
