@@ -180,8 +180,7 @@ def _engine(arguments: argparse.Namespace) -> tuple[Engine, DashengTokenizerMode
     if workers is None:
         workers = max(1, gpus)
     if workers == 1:
-        model = load_model(name, arguments.device, None)
-        half = arguments.model_dtype != "float32"
-        return ThisProcess(load_model(name, arguments.device, arguments.model_dtype) if half else model), model
+        model = load_model(name, arguments.device, arguments.model_dtype)
+        return ThisProcess(model), model
     devices = tuple(f"cuda:{number}" for number in range(gpus)) or ((arguments.device,) if arguments.device else ())
     return LocalProcesses(workers, name, devices, arguments.cpus_per_worker), load_model(name, "cpu", None)

@@ -98,7 +98,7 @@ def check_model(job: EncodingJob, model: LatentModel) -> None:
 
 
 def load_checked(job: EncodingJob, model_name: str | None, device: str) -> LatentModel:
-    """Load the model in the arithmetic of the job. The hash is that of the weights as they are stored.
+    """Load the model in the arithmetic of the job; the hash is that of the weights as they are stored.
 
     Raises:
         CheckpointError: it cannot be loaded.
@@ -107,10 +107,9 @@ def load_checked(job: EncodingJob, model_name: str | None, device: str) -> Laten
     """
     from dasheng_tokenizer.cli_audio import load_model
 
-    half = job.options.arithmetic != "float32"
-    model = load_model(model_name, "cpu" if half else device, None)
+    model = load_model(model_name, device, job.options.arithmetic)
     check_model(job, model)
-    return load_model(model_name, device, job.options.arithmetic) if half else model
+    return model
 
 
 def try_unit(job: EncodingJob, number: int, model: LatentModel, advance: Callable[[int], None]) -> Message:
