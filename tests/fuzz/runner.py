@@ -81,8 +81,11 @@ def run(
                 if result.get("problem"):
                     outcome.findings.append({"index": index, "kind": result["kind"], "problem": result["problem"]})
                     if keep is not None:
-                        keep.mkdir(parents=True, exist_ok=True)
-                        shutil.copytree(root / "work", keep / f"{seed}-{index}", dirs_exist_ok=True)
+                        if result.get("dead"):
+                            worker.close()  # it may be at work in the folder still
+                        (keep / f"{seed}-{index}").mkdir(parents=True, exist_ok=True)
+                        if (root / "work").is_dir():
+                            shutil.copytree(root / "work", keep / f"{seed}-{index}", dirs_exist_ok=True)
                         (keep / f"{seed}-{index}.txt").write_text(result["problem"], errors="backslashreplace")
                 yield outcome
                 if result.get("dead"):
