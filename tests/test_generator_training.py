@@ -454,6 +454,22 @@ def test_the_average_is_what_is_kept(settings: dict[str, Any]) -> None:
     assert moved
 
 
+def test_a_run_starts_from_another_generator_with_statistics_of_its_own(settings: dict[str, Any], tmp_path: Path) -> None:
+    first = Generator.from_pretrained(train_generator(make_config(settings, steps=2)) / "model")
+    started = str(settings["output"] / "model")
+    other = str(encoded(tmp_path, "other"))
+    changes = {"init": started, "output": tmp_path / "second", "optimizer": OptimizerConfig(lr=1e-12, weight_decay=0.0)}
+    second = Generator.from_pretrained(
+        train_generator(make_config(settings, {"train": [other], "valid": []}, steps=1, **changes)) / "model"
+    )
+    for name, value in first.dit.state_dict().items():
+        torch.testing.assert_close(second.dit.state_dict()[name], value, rtol=0, atol=1e-9)
+    assert second.info.tokenizer == "other" and not torch.equal(first.latent_mean, second.latent_mean)
+    wider = make_config(settings, init=started, output=tmp_path / "third", dit=DiTSettings(width=32, depth=2, heads=2))
+    with pytest.raises(ConfigurationError, match="init: .* has another sizes"):
+        train_generator(wider)
+
+
 def test_any_checkpoint_can_be_taken_as_the_result(settings: dict[str, Any]) -> None:
     config = make_config(settings, steps=4, checkpoint_every=2, keep_checkpoints=2)
     folder = train_generator(config)

@@ -1,6 +1,6 @@
 """Build the training corpus, and a wider one, from packages of the Debian archive.
 
-    python recipes/data/build.py -o FOLDER [--wide] [--speeds 0.9 1.1] [--mirror URL]
+    python recipes/data/build.py -o FOLDER [--wide] [--speeds 0.9 1.1] [--only PACKAGE …] [--mirror URL]
     python recipes/data/build.py -o FOLDER --compare ../shared/corpus
 
 The corpus is what `corpus.jsonl.xz` lists; `--wide` adds what the rules of `wide.yaml` find in further packages and in
@@ -106,16 +106,30 @@ class Builder:
             yield {key: value for key, value in copy.items() if key not in ("key", "shard", "format")}, changed
 
 
-def build(builder: Builder, output: Path, listed: list[Row], rules: list[Row]) -> dict[str, Any]:
+def build(
+    builder: Builder, output: Path, listed: list[Row], rules: list[Row], only: list[str] | None = None
+) -> dict[str, Any]:
     """Make clips, shards, manifest, licences and statistics. Returns the statistics.
 
+    Args:
+        builder: of the clips.
+        output: folder of the shards.
+        listed: rows of the corpus.
+        rules: of the wider corpus.
+        only: packages to take clips from; None: from all. Their splits are those of the whole corpus.
+
     Raises:
-        DashengTokenizerError: a package cannot be had, a file of it cannot be decoded, an output cannot be written.
+        DashengTokenizerError: a package cannot be had, a file of it cannot be decoded, an output cannot be written,
+            or no clip comes from a package of `only`.
     """
     by_package: dict[str, list[Row]] = defaultdict(list)
     for row in listed:
         by_package[package_of(row)].append(row)
     names = sorted({*by_package, *(rule["package"] for rule in rules)})
+    if only is not None:
+        if unused := sorted({*only} - {*names}):
+            raise DataError(f"no clips come from {', '.join(unused)}; there are: {', '.join(names)}")
+        names = [name for name in names if name in only]
     rows: list[Row] = []
     for name in (bar := tqdm(names, unit="package")):
         bar.set_postfix_str(name)
@@ -163,6 +177,7 @@ def main() -> None:
     )
     parser.add_argument("--wide", action="store_true", help="add the clips that the rules give")
     parser.add_argument("--speeds", type=float, nargs="+", default=[], help="add training clips played at these speeds")
+    parser.add_argument("--only", nargs="+", metavar="PACKAGE", help="take clips of these packages alone")
     parser.add_argument("--compare", type=Path, help="build nothing; compare OUTPUT with this corpus")
     parser.add_argument("--report", type=Path, help="with --compare, where the figures of both are written")
     arguments = parser.parse_args()
@@ -174,7 +189,7 @@ def main() -> None:
         builder = Builder(work, arguments.mirror, load_packages(arguments.packages), arguments.speeds)
         rules = [rule for path in arguments.rules for rule in load_rules(path)] if arguments.wide else []
         with lock:
-            statistics = build(builder, arguments.output, listed_rows(arguments.clips), rules)
+            statistics = build(builder, arguments.output, listed_rows(arguments.clips), rules, arguments.only)
     except DashengTokenizerError as error:
         sys.exit(f"error: {error}")
     for part, domains in statistics["hours"].items():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dasheng_tokenizer.cli_encode_dataset import EMBEDDED
-from dasheng_tokenizer.errors import CheckpointError
+from dasheng_tokenizer.errors import CheckpointError, ConfigurationError
 from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.generation.flow_matching import flow_matching_loss
 from dasheng_tokenizer.generation.generator import Generator, GeneratorInfo
@@ -21,7 +21,7 @@ from dasheng_tokenizer.generation.training_configuration import GeneratorTrainin
 from dasheng_tokenizer.generation.training_data import GeneratorData, LatentBatch, open_data
 from dasheng_tokenizer.training.checkpoint_tensors import open_tensors
 from dasheng_tokenizer.training.configuration import to_plain
-from dasheng_tokenizer.training.loop import StepResult, fit, is_finished, make_fabric, seed_everything
+from dasheng_tokenizer.training.loop import StepResult, fit, is_finished, is_started, make_fabric, seed_everything
 from dasheng_tokenizer.training.optimization import (
     ExponentialMovingAverage,
     guarded_step,
@@ -60,7 +60,10 @@ def train_generator(config: GeneratorTrainingConfig) -> Path:
         return config.output
     data = open_data(fabric, config)
     seed_everything(config.seed)  # Alike on every rank: the same fresh weights.
-    task = GeneratorTask(fabric, config, new_generator(config, data), data)
+    generator = new_generator(config, data)
+    if config.init is not None and not is_started(config):
+        load_init(generator, config.init)
+    task = GeneratorTask(fabric, config, generator, data)
     fit(fabric, task, config)
     return config.output
 
@@ -88,6 +91,22 @@ def new_generator(config: GeneratorTrainingConfig, data: GeneratorData) -> Gener
     generator = Generator(config.dit.config(index.latent_dim, data.text_width), info, index.mean, index.std)
     generator.dit.gradient_checkpointing = config.gradient_checkpointing
     return generator
+
+
+def load_init(generator: Generator, folder: str) -> None:
+    """Take the transformer of another generator; the statistics of the latents stay those of the run's data.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        ConfigurationError: it is of another size, or knows another text encoder.
+    """
+    other = Generator.from_pretrained(folder)
+    wanted, found = (
+        {"sizes": one.dit.config, "text encoder": one.info.text_identity} for one in (generator, other)
+    )
+    if differing := [name for name, value in wanted.items() if found[name] != value]:
+        raise ConfigurationError(f"init: {folder} has another {' and '.join(differing)}; name a generator like this one")
+    generator.dit.load_state_dict(other.dit.state_dict())
 
 
 def averaged_generator(config: GeneratorTrainingConfig, checkpoint: Path) -> Generator:
@@ -193,6 +212,7 @@ class GeneratorTask:
             **{f"dit.{name}": value for name, value in asdict(self.generator.dit.config).items()},
             **{f"data.{name}": plain["data"][name] for name in drawn},
             **{name: plain[name] for name in ("text_dropout", "timesteps", "timestep_mean", "timestep_std", "seed")},
+            **({} if plain["init"] is None else {"init": plain["init"]}),
             "tokenizer": info.tokenizer_hash,
             "text_encoder": info.text_identity,
         }

@@ -102,6 +102,8 @@ class GeneratorTrainingConfig(LoopConfig):
     Attributes:
         kind: says that a recipe is one of these.
         output: run folder.
+        init: folder of a generator to start from, of the same sizes and text encoder; its tokenizer may be another, since
+            mean and standard deviation of the latents are those of the data. None: fresh weights.
         data: latents, crops, batch size.
         dit: size of the transformer.
         text_encoder: folder or hub name of the frozen text encoder; None: the default one.
@@ -115,6 +117,7 @@ class GeneratorTrainingConfig(LoopConfig):
 
     kind: Literal["generator"] = "generator"
     output: Path = Path("runs/generator")
+    init: str | None = None
     data: LatentDataConfig = field(default_factory=LatentDataConfig)
     dit: DiTSettings = field(default_factory=DiTSettings)
     text_encoder: str | None = None
