@@ -11,13 +11,14 @@ import pytest
 from transformers import WhisperConfig, WhisperModel
 
 from conftest import WHISPER, tiny
-from dasheng_tokenizer import DashengTokenizerModel
+from dasheng_tokenizer import DashengTokenizerModel, load_audio
 from dasheng_tokenizer.checkpoint_sizes import settings_from_json
 from dasheng_tokenizer.checkpoints import new_tokenizer
 from dasheng_tokenizer.cli import main
 from dasheng_tokenizer.enhancement.denoiser import DenoiserInfo
 from dasheng_tokenizer.errors import (
     MOST_CHARACTERS,
+    AudioFileError,
     CheckpointError,
     ConfigurationError,
     DashengTokenizerError,
@@ -25,6 +26,7 @@ from dasheng_tokenizer.errors import (
     OutputError,
     one_line,
 )
+from dasheng_tokenizer.evaluation.reconstruction import RowStore
 from dasheng_tokenizer.feature_extraction import DashengTokenizerFeatureExtractor
 from dasheng_tokenizer.files import parse_json
 from dasheng_tokenizer.generation import LatentDataset
@@ -307,3 +309,50 @@ def test_a_feature_extractor_with_odd_settings_is_named(held: str, tmp_path: Pat
     (tmp_path / "preprocessor_config.json").write_text(held)
     with pytest.raises(CheckpointError):
         DashengTokenizerFeatureExtractor.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------------- lists of clips, long headers, kept rows
+
+
+def test_a_damaged_list_of_clips_is_named_and_what_was_read_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pyarrow, parquet = (
+        pytest.importorskip(name, reason="needs the extra scale") for name in ("pyarrow", "pyarrow.parquet")
+    )
+    tiny().save_pretrained(tmp_path / "tokenizer")
+    rows = [{"id": str(n), "audio": {"bytes": audio_bytes(), "path": "a.wav"}, "caption": "rain"} for n in range(3)]
+    path = tmp_path / "clips.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=1, compression="none")
+    data = bytearray(path.read_bytes())
+    group = parquet.ParquetFile(path).metadata.row_group(1)
+    start = min(group.column(number).data_page_offset for number in range(group.num_columns))
+    data[start : start + 16] = b"\xff" * 16
+    path.write_bytes(data)
+    out = tmp_path / "latents"
+    assert main(["encode-dataset", str(path), str(out), "--model", str(tmp_path / "tokenizer")]) == 1
+    dataset = LatentDataset(out)
+    assert [dataset[number].key for number in range(len(dataset))] == ["0"]
+    assert "error: clips.parquet, rows 1 to 3: damaged, rows that were not read yet" in capsys.readouterr().err
+
+
+def test_a_header_that_announces_more_than_memory_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "long.wav"
+    path.write_bytes(audio_bytes())
+
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("dasheng_tokenizer.audio_reader.np.empty", full)
+    with pytest.raises(AudioFileError, match="1 channels of 6400 samples, more than there is memory for"):
+        load_audio(path)
+
+
+def test_a_changed_row_of_an_evaluation_counts_for_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    store = RowStore(path)
+    store.add("a", {"stoi": 0.5})
+    store.add("b", {"stoi": 0.6})
+    assert RowStore(path).rows == {"a": {"stoi": 0.5}, "b": {"stoi": 0.6}}
+    path.write_text(path.read_text().replace("0.6", '"x"'))
+    assert RowStore(path).rows == {"a": {"stoi": 0.5}}

@@ -454,7 +454,9 @@ def test_the_average_is_what_is_kept(settings: dict[str, Any]) -> None:
     assert moved
 
 
-def test_a_run_starts_from_another_generator_with_statistics_of_its_own(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_starts_from_another_generator_with_statistics_of_its_own(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     first = Generator.from_pretrained(train_generator(make_config(settings, steps=2)) / "model")
     started = str(settings["output"] / "model")
     other = str(encoded(tmp_path, "other"))

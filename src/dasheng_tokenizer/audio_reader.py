@@ -232,11 +232,19 @@ def load_audio(file: str | os.PathLike[str] | IO[bytes]) -> tuple[Array, int]:
         float32 array (channels, samples) with full scale 1, and the sampling rate in Hz.
 
     Raises:
-        AudioFileError: missing, a folder, empty, not audio, damaged or truncated (see `AudioReader`).
+        AudioFileError: missing, a folder, empty, not audio, damaged or truncated (see `AudioReader`), or announces more
+            samples than there is memory for.
         AudioError: NaN or infinite samples.
     """
     reader = AudioReader(file)
-    audio = np.empty((reader.num_channels, reader.num_samples), dtype=np.float32)
+    shape = reader.num_channels, reader.num_samples
+    try:
+        audio = np.empty(shape, dtype=np.float32)
+    except MemoryError:  # mostly a damaged header
+        raise AudioFileError(
+            f"{reader.name}: announces {shape[0]} channels of {shape[1]} samples, more than there is memory for; it is "
+            "damaged, or so long that it must be read in blocks (AudioReader)"
+        ) from None
     done = 0
     for block in reader.blocks():
         audio[:, done : done + block.shape[1]] = block

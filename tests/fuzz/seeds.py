@@ -51,6 +51,7 @@ def make_seeds(root: Path) -> None:
     _tokens(root)
     _shards(root)
     _lists(root)
+    _evaluations(root)
 
 
 def _audio(root: Path) -> None:
@@ -152,3 +153,34 @@ def _lists(root: Path) -> None:
     recipes.mkdir()
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         shutil.copy(path, recipes)
+    clips = root / "clip-list"
+    clips.mkdir()
+    rows = []
+    for number in range(3):
+        (clips / f"{number}.wav").write_bytes(audio_bytes())
+        rows.append({"id": f"clip {number}", "path": f"{number}.wav", "caption": "rain", "labels": {"event": "bell"}})
+    (clips / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    import pyarrow
+    import pyarrow.parquet
+
+    held = [{"bytes": audio_bytes("FLAC"), "path": f"{row['id']}.flac"} for row in rows]
+    columns = {"id": [row["id"] for row in rows], "audio": held, "caption": ["rain"] * len(rows)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), clips / "clips.parquet")
+
+
+def _evaluations(root: Path) -> None:
+    from dasheng_tokenizer.evaluation.reconstruction import RowStore
+    from fuzz.targets import ROW
+
+    (root / "rows").mkdir()
+    store = RowStore(root / "rows" / "rows.jsonl")
+    for number, name in enumerate("abab"):
+        store.add(str(number), dict(ROW, system=name))
+    pairs = root / "pairs"
+    for folder in ("noisy", "clean", "texts"):
+        (pairs / folder).mkdir(parents=True)
+    for name in ("p1_001", "p1_002"):
+        for folder in ("noisy", "clean"):
+            (pairs / folder / f"{name}.wav").write_bytes(audio_bytes())
+        (pairs / "texts" / f"{name}.txt").write_text("a dog barks")
+    (pairs / "log.txt").write_text("p1_001 bus 17.5\np1_002 cafe 2.5\n")

@@ -236,6 +236,71 @@ def manifest(case: Case) -> None:
         foreseen(lambda: [(facts.text, facts.label("event")) for facts in ClipSet("a", [case.folder]).clips.values()])
 
 
+def clip_list(case: Case) -> None:
+    """A manifest of `encode-dataset`, and going on with a data set whose manifest changed."""
+    options = [case.out / "latents", "--model", case.seeds / "tokenizer"]
+    if case.rng.random() < 0.2:
+        options += ["--path-key", case.rng.choice(["path", "audio", "id", "nothing"])]
+    command("encode-dataset", case.path, *options)
+
+
+def rows(case: Case) -> None:
+    """Rows that an evaluation of reconstructions kept, from which its tables are made."""
+    from dasheng_tokenizer.evaluation.metric_columns import require_metrics
+    from dasheng_tokenizer.evaluation.reconstruction import Outcome, RowStore
+    from dasheng_tokenizer.evaluation.reconstruction_inputs import System
+    from dasheng_tokenizer.evaluation.reconstruction_tables import Tables
+
+    metrics = require_metrics(["stoi", "mel"])
+
+    def go_on() -> None:
+        store = RowStore(case.path)
+        store.add("z", dict(ROW, file="z.wav"))
+        tables = Tables(Outcome([System(name) for name in ("a", "b")], metrics, list(store.rows.values()), {}))
+        tables.save(case.out)
+        tables.report("title", "command", "data").markdown()
+
+    foreseen(go_on)
+
+
+ROW = {
+    "system": "a", "file": "x.wav", "domain": "speech", "seconds": 1.0, "bits": None, "cut_samples": 0,
+    "stoi": 0.5, "mel_distance": 0.2, "missing": {}, "error": None,
+}  # fmt: skip
+
+
+def pairs(case: Case) -> None:
+    """Noisy and clean recordings with their log and texts."""
+    from dasheng_tokenizer.evaluation.enhancement_pairs import PairSet
+
+    def read() -> None:
+        found = PairSet(case.folder / "noisy", case.folder / "clean", case.folder / "log.txt", case.folder / "texts")
+        for example in found.examples():
+            assert len(example.noisy) == len(example.clean)
+        for _, noise in found.without_speech():
+            assert len(noise)
+
+    foreseen(read)
+
+
+def page(case: Case) -> None:
+    """What the demo page does with an uploaded file."""
+    from dasheng_tokenizer.cli_audio import load_model
+    from dasheng_tokenizer.demo.workbench import Workbench
+    from dasheng_tokenizer.enhancement import Enhancer
+
+    bench = Workbench(load_model(str(case.seeds / "tokenizer"), "cpu", None), max_seconds=2.0)
+    bench.enhancer = Enhancer.from_pretrained(case.seeds / "denoiser")
+
+    def visit() -> None:
+        clip = bench.read(case.path)
+        assert bench.reconstruct(clip).clip.audio.shape == clip.audio.shape
+        assert bench.enhance(clip).audio.shape == clip.audio.shape
+        bench.similarities(bench.embed(clip))
+
+    foreseen(visit)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of input: the folder of its seeds, what is changed there and how, who reads it, and its share."""
@@ -267,6 +332,10 @@ KINDS: dict[str, Kind] = {
     "manifest and table": Kind(
         "manifest", {"*.jsonl": mutators.damage_lines, "metrics.json": mutators.damage_json}, manifest, 1
     ),
+    "list of clips": Kind("clip-list", {"*.jsonl": mutators.damage_lines, "*.parquet": mutators.damage}, clip_list, 2),
+    "rows of an evaluation": Kind("rows", {"*.jsonl": mutators.damage_lines}, rows, 1),
+    "pairs with a log": Kind("pairs", {"*.txt": mutators.damage, "*.wav": mutators.damage}, pairs, 1),
+    "upload": Kind("audio", {"*": mutators.damage}, page, 1),
 }
 ORDER = [name for step in range(8) for name, kind in KINDS.items() if step < kind.share]
 

@@ -117,7 +117,7 @@ def run(inputs: Inputs, metrics: tuple[Metric, ...], folder: Path, workers: int)
 class RowStore:
     """Rows of finished files, appended one by one to a file of JSON lines.
 
-    A line that a killed run left half-written is cut off.
+    A line that a killed run left half-written is cut off. Each line has a checksum: a changed one counts for nothing.
 
     Attributes:
         rows: by digest.
@@ -137,7 +137,8 @@ class RowStore:
         for line in whole.splitlines():
             try:
                 held = parse_json(line, finite=False)
-                self.rows[held["id"]] = held["row"]
+                if held["check"] == _digest([held["id"], held["row"]]):
+                    self.rows[held["id"]] = held["row"]
             except (ValueError, KeyError, TypeError):  # no line of ours: it is measured again
                 continue
 
@@ -149,7 +150,8 @@ class RowStore:
         """
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"id": digest, "row": row}, ensure_ascii=False) + "\n")
+                line = {"id": digest, "row": row, "check": _digest([digest, row])}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
         except OSError as error:
             raise output_error(self.path, error) from error
         self.rows[digest] = row

@@ -101,11 +101,11 @@ def load_init(generator: Generator, folder: str) -> None:
         ConfigurationError: it is of another size, or knows another text encoder.
     """
     other = Generator.from_pretrained(folder)
-    wanted, found = (
-        {"sizes": one.dit.config, "text encoder": one.info.text_identity} for one in (generator, other)
-    )
+    wanted, found = ({"sizes": one.dit.config, "text encoder": one.info.text_identity} for one in (generator, other))
     if differing := [name for name, value in wanted.items() if found[name] != value]:
-        raise ConfigurationError(f"init: {folder} has another {' and '.join(differing)}; name a generator like this one")
+        raise ConfigurationError(
+            f"init: {folder} has another {' and '.join(differing)}; name a generator like this one"
+        )
     generator.dit.load_state_dict(other.dit.state_dict())
 
 

@@ -102,7 +102,7 @@ class GeneratorTrainingConfig(LoopConfig):
     Attributes:
         kind: says that a recipe is one of these.
         output: run folder.
-        init: folder of a generator to start from, of the same sizes and text encoder; its tokenizer may be another, since
+        init: folder of a generator to start from, of the same sizes and text encoder. Its tokenizer may be another:
             mean and standard deviation of the latents are those of the data. None: fresh weights.
         data: latents, crops, batch size.
         dit: size of the transformer.

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dasheng_tokenizer.errors import DataError
+from dasheng_tokenizer.errors import DataError, one_line
 from dasheng_tokenizer.files import parse_json, require_extra
 from dasheng_tokenizer.scale.storage import base_name, folder_of, join, opened, read_bytes
 from dasheng_tokenizer.training.clips import EncodedClip, SkipReport
@@ -64,7 +64,7 @@ class ManifestUnit:
 
     def clips(self, report: SkipReport, first: int) -> Iterator[tuple[int, EncodedClip]]:
         """Place of a clip among the rows of this unit, and the clip, from that place on."""
-        for place, row in enumerate(self._rows()):
+        for place, row in enumerate(self._rows(report)):
             if place < first or row is None:
                 continue
             mark = f"{self.group}, row {self.first + place + 1}"
@@ -75,8 +75,8 @@ class ManifestUnit:
             if clip is not None:
                 yield place, clip
 
-    def _rows(self) -> Iterator[Any]:
-        """The rows; None for an empty line, text for one that is no JSON."""
+    def _rows(self, report: SkipReport) -> Iterator[Any]:
+        """The rows; None for an empty line, text for one that is no JSON. Parquet ends at the first damaged page."""
         if self.manifest.lower().endswith(".jsonl"):
             for line in read_bytes(self.manifest, self.start, self.end).split(b"\n")[: self.last - self.first]:
                 try:
@@ -84,6 +84,14 @@ class ManifestUnit:
                 except ValueError:
                     yield line
             return
+        try:
+            yield from self._parquet_rows()
+        except (OSError, ValueError, NotImplementedError, KeyError) as error:
+            if not _is_damage(error):
+                raise
+            report.add(self.name, f"damaged, rows that were not read yet are left out ({one_line(str(error))})")
+
+    def _parquet_rows(self) -> Iterator[Any]:
         with opened(self.manifest) as file:
             parquet = require_extra("pyarrow.parquet", "scale").ParquetFile(file)
             sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
@@ -91,7 +99,9 @@ class ManifestUnit:
             group = bisect_right(ends, self.first)
             place = ends[group] - sizes[group]
             groups = range(group, bisect_right(ends, self.last - 1) + 1)
-            for batch in parquet.iter_batches(batch_size=64, row_groups=groups):
+            # Group by group, so that a damaged one takes none of those before it along.
+            batches = (b for number in groups for b in parquet.iter_batches(batch_size=64, row_groups=[number]))
+            for batch in batches:
                 if place + batch.num_rows > self.first:
                     part = batch.slice(max(self.first - place, 0))
                     yield from part.slice(0, self.last - max(place, self.first)).to_pylist()
@@ -117,6 +127,14 @@ class ManifestUnit:
                 report.add(f"{self.group}/{key}", f"{path}: {error.strerror or error}")
                 return None
         return EncodedClip(str(key), data, labels)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether it is pyarrow's word on bytes that are no Parquet, and not that of a disk or network that fails."""
+    arrow = require_extra("pyarrow", "scale")
+    if isinstance(error, (arrow.ArrowException, UnicodeDecodeError)):
+        return True
+    return type(error) is OSError and error.errno is None
 
 
 def _plain(value: Any) -> Any:
