@@ -67,7 +67,9 @@ def main() -> None:
     torch.set_num_threads(1)
     wanted = options.tasks.split(",") if options.tasks else None
     suite = [item for item in CorpusSuite(options.data).suite() if wanted is None or item.task.name in wanted]
-    exact = TokenizerEmbedder(DashengTokenizerModel.from_pretrained(), NAMES)
+    exact = TokenizerEmbedder(
+        DashengTokenizerModel.from_pretrained()
+    )  # all parts: what `evaluate probe` has kept is used
     store = EmbeddingStore(options.cache)
     rows: list[list[str | float | int]] = []
     changes: dict[str, list[float]] = {name: [] for name in NAMES}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from dasheng_tokenizer import DashengTokenizerModel
 from dasheng_tokenizer.enhancement.denoiser import Denoiser, DenoiserConfig, DenoiserInfo
 from dasheng_tokenizer.enhancement.latent_space import LatentStatistics
+from dasheng_tokenizer.training.acoustic_start import AcousticStartConfig
 from test_training_loop import MemoryData, settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -53,7 +55,7 @@ def test_a_denoiser_that_adds_nothing_still_adds_nothing_and_differences_are_map
     monkeypatch.setattr(change_power, "open_data", lambda *_: MemoryData())
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("kind: enhancement\ndenoiser: {depth: 1, heads: 2}\n")
-    config = settings(tmp_path)
+    config = dataclasses.replace(settings(tmp_path), acoustic_start=AcousticStartConfig(tokens=400))
     arguments = (config, recipe, old, tiny_model, str(tmp_path / "new"))
     seen = torch.randn(1, 12, dim, generator=torch.Generator().manual_seed(0))
     same = change_power.change_denoiser(*arguments).eval()
