@@ -59,7 +59,7 @@ def test_batch_invariance_on_real_audio(model: DashengTokenizerModel, clips: dic
     for item, clip in enumerate(audio):
         alone = model(clip[None])
         tokens = alone.unified.shape[1]
-        # Relative, too: some of these latents are as large as 20.
+        # Relative, too: these latents reach 11.
         torch.testing.assert_close(together.unified[item, :tokens], alone.unified[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(together.audio[item, : len(clip)], alone.audio[0], rtol=0, atol=1e-5)
 
