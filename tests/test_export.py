@@ -18,6 +18,8 @@ from dasheng_tokenizer.cli import main
 from dasheng_tokenizer.errors import ConfigurationError, ExportError, MissingExtraError, OutputError
 from dasheng_tokenizer.export import DecoderGraph, EncoderGraph, export_model
 from dasheng_tokenizer.export import folder as export_folder
+from dasheng_tokenizer.export.graphs import MatrixMelSpectrogram
+from dasheng_tokenizer.spectral import CONTEXT, MelSpectrogram
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,8 +79,7 @@ def test_onnxruntime_gives_what_pytorch_gives(clip: Path, embedded: DashengToken
     audio = torch.as_tensor(load_audio(clip)[0])
     expected = embedded(audio)
     unified, semantic, tokens = exported.encode(audio, torch.tensor([audio.shape[1]]))
-    # Latents reach 10, and where it is quiet they hold the logarithm of next to nothing: 2e-4 was seen.
-    assert (unified - expected.unified).abs().max() <= 5e-5 * expected.unified.abs().max()
+    assert (unified - expected.unified).abs().max() <= 1e-4
     assert (semantic - expected.semantic).abs().max() <= 1e-4
     decoded = exported.decode(unified, tokens)[:, : audio.shape[1]]
     assert (decoded - expected.audio).abs().max() <= 1e-4
@@ -110,6 +111,22 @@ def test_onnx_takes_any_batch_and_length(clips: int, samples: int, tiny_folder: 
     unified, _, tokens = exported.encode(audio, count)
     assert (unified - expected.unified).abs().max() <= 5e-5
     assert (exported.decode(unified, tokens)[:, :samples] * mask - expected.audio).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("n_fft, power", [(1024, 1.0), (512, 2.0), (400, 2.0), (202, 1.0)])
+@pytest.mark.filterwarnings("ignore:At least one mel filter")
+def test_spectrogram_by_matrices_is_nearer_to_the_truth_than_float32(n_fft: int, power: float) -> None:
+    """A quiet band beside loud ones, as in speech without rumble, is where rounding shows in the logarithm."""
+    original = MelSpectrogram(n_fft, n_mels=64, power=power)
+    seconds = torch.arange(16_000 + 2 * CONTEXT) / 16_000
+    audio = (0.5 * torch.sin(2000 * seconds) + 1e-4 * torch.sin(9000 * seconds))[None]
+    found = MatrixMelSpectrogram(original)(audio, 100)
+    first = CONTEXT - n_fft // 2
+    windows = audio[:, first:].double().unfold(1, n_fft, 160)[:, :100]  # (1, 100, n_fft)
+    magnitude = torch.fft.rfft(windows * original.spectrogram.window.double()).abs() ** power
+    truth = (magnitude @ original.mel_scale.fb.double()).transpose(1, 2)
+    assert found.dtype == torch.float32 and found.shape == (1, 64, 100)
+    assert ((found - truth).abs() <= 1e-6 * truth + 1e-12).all()
 
 
 def test_a_padded_clip_gives_the_same_alone_and_in_a_batch(tiny_folder: Path) -> None:
@@ -168,7 +185,7 @@ def test_int8_takes_less_and_stays_near(tmp_path: Path, tiny_folder: Path) -> No
         graph = (EncoderGraph if part == "encoder" else DecoderGraph)(tiny())
         export_folder._quantize(folder / f"{part}.onnx", graph.spectral_width)
         operators = {node.op_type for node in pytest.importorskip("onnx").load(folder / f"{part}.onnx").graph.node}
-        assert {"MatMulInteger", "Conv"} <= operators and "ConvInteger" not in operators
+        assert "MatMulInteger" in operators and "ConvInteger" not in operators
     assert {path.name for path in folder.iterdir()} == {"config.json", "decoder.onnx", "encoder.onnx"}
     audio, count = batch(2, 16_000)
     small, whole = Exported(folder), Exported(tiny_folder)
@@ -176,6 +193,11 @@ def test_int8_takes_less_and_stays_near(tmp_path: Path, tiny_folder: Path) -> No
     assert 0 < (near - exact).norm() / exact.norm() < 0.1
     heard, expected = small.decode(exact, tokens), whole.decode(exact, tokens)
     assert 0 < (heard - expected).norm() / expected.norm() < 0.1
+    encoder = pytest.importorskip("onnx").load(folder / "encoder.onnx").graph
+    kept = {tuple(weight.dims) for weight in encoder.initializer if weight.data_type in (1, 11)}
+    front_ends = [part for part in EncoderGraph(tiny()).modules() if isinstance(part, MatrixMelSpectrogram)]
+    assert {tuple(part.second.shape) for part in front_ends} <= kept  # transforms in float64, filters in float32
+    assert all({tuple(part.bank.shape), tuple(part.bank.T.shape)} & kept for part in front_ends)
     spectral = DecoderGraph(tiny()).spectral_width  # the head and the inverse STFT
     weights = pytest.importorskip("onnx").load(folder / "decoder.onnx").graph.initializer
     assert [weight.data_type for weight in weights if spectral in weight.dims and len(weight.dims) == 2] == [1, 1]

@@ -43,10 +43,17 @@ def token_mask(num_tokens: Tensor, length: int) -> Tensor:
 
 
 def attention_mask(mask: Tensor) -> Tensor | None:
-    """(B, N) → (B, 1, 1, N) bool for scaled-dot-product attention; None where nothing is hidden (faster kernels)."""
+    """(B, N) → (B, 1, 1, N) for scaled-dot-product attention; None where nothing is hidden (faster kernels).
+
+    Bool, true for what may be seen. In an exported graph float32 that is added: without the choices of a bool mask, and
+    the tests for rows that see nothing (there are none), onnxruntime encodes a tenth faster.
+    """
     if not torch.compiler.is_compiling() and bool(mask.all()):
         return None
-    return mask[:, None, None, :]
+    mask = mask[:, None, None, :]
+    if torch.compiler.is_exporting():
+        return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -1e9)
+    return mask
 
 
 class SemanticEncoder(nn.Module):
