@@ -82,6 +82,26 @@ def test_silence_decodes_to_silence(model: DashengTokenizerModel) -> None:
         assert model(torch.zeros(1, samples)).audio.abs().max() < 1e-3  # -60 dBFS
 
 
+@torch.inference_mode()
+def test_no_offset_comes_in(model: DashengTokenizerModel, clips: dict[str, torch.Tensor]) -> None:
+    for clip in clips.values():
+        assert abs(float(model(clip[None]).audio.mean() - clip.mean())) < 1e-3  # -60 dBFS
+
+
+def test_no_click_where_windows_of_the_encoder_meet(
+    model: DashengTokenizerModel, clips: dict[str, torch.Tensor]
+) -> None:
+    """Three windows of 30 s. A click is a jump of the slope, against what the original does there."""
+    clip = torch.cat([clips["music"], clips["sound"], clips["speech"]])
+    audio = clip.repeat(1 + 1_040_000 // len(clip))[:1_040_000]  # 65 s
+    decoded = model.decompress(model.compress(audio.numpy(), 16_000))[0]
+    jumps = (decoded.diff(n=2) - audio.diff(n=2)).abs()
+    peaks = jumps[: len(jumps) // 640 * 640].unflatten(0, (-1, 640)).amax(1)  # of every token
+    border = 30 * 25
+    at_borders = torch.cat([peaks[k * border - 2 : k * border + 2] for k in (1, 2)])
+    assert at_borders.max() < peaks.quantile(0.99)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_token_files_of_every_type(
     dtype: torch.dtype, model: DashengTokenizerModel, clips: dict[str, torch.Tensor], tmp_path: Path

@@ -89,7 +89,7 @@ def test_onnxruntime_gives_what_pytorch_gives(clip: Path, embedded: DashengToken
 @pytest.mark.parametrize("kind", ["dasheng", "whisper"])
 @pytest.mark.parametrize("clips, samples", LENGTHS)
 def test_graphs_give_what_the_model_gives_for_any_batch_and_length(kind: str, clips: int, samples: int) -> None:
-    model = tiny(kind)
+    model = tiny(kind, istft_block_dc=kind == "whisper")
     audio, count = batch(clips, samples)
     mask = torch.arange(samples) < count[:, None]
     expected = model(audio, mask)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dasheng_tokenizer.decoder import ISTFTHead
 from dasheng_tokenizer.spectral import CONTEXT, InverseSTFT, MelSpectrogram, with_context
 
 
@@ -38,6 +39,19 @@ def test_inverse_equals_the_complex_form(use_fft: bool, frames: int, n_fft: int,
     found = istft(s.real, s.imag)
     assert found.shape == (3, frames * hop)
     assert (found - expected).norm() / expected.norm() < 1e-6
+
+
+@pytest.mark.parametrize("n_fft, hop", [(1280, 320), (640, 160), (16, 4)])
+def test_frames_that_block_dc_sum_to_zero(n_fft: int, hop: int) -> None:
+    torch.manual_seed(0)
+    published, head = (ISTFTHead(8, n_fft, hop, block_dc) for block_dc in (False, True))
+    head.load_state_dict(published.state_dict())
+    h = torch.randn(2, 30, 8)
+    real, imaginary = head.spectrum(h)
+    assert torch.equal(real[..., 1:], published.spectrum(h)[0][..., 1:])  # no other bin changes
+    frames = head.istft._frames(real, imaginary) * head.istft.window
+    assert frames.sum(-1).abs().max() < 1e-5 * frames.abs().sum(-1).max()
+    assert not torch.equal(head(h), published(h))
 
 
 def test_both_forms_have_the_same_gradient() -> None:

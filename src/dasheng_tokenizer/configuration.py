@@ -36,6 +36,8 @@ class DashengTokenizerConfig(PreTrainedConfig):
         decoder_intermediate_size: hidden width inside a ConvNeXt block.
         istft_n_fft: inverse STFT size in samples.
         istft_hop: inverse STFT hop in samples.
+        istft_block_dc: make every frame of the inverse STFT sum to zero. The latents do not know an offset, and a decoder
+            left to itself makes one up: up to -40 dBFS in music. Off in the published layout.
         upsample_tokens: decoder frames a token; istft_hop · upsample_tokens must be 640.
         n_mels_patch: mel bands of the acoustic layer's input.
         hop_length: hop of the mel front ends in samples (not the token's 640; that is `model.hop_length`).
@@ -68,6 +70,7 @@ class DashengTokenizerConfig(PreTrainedConfig):
         decoder_intermediate_size: int = 5120,
         istft_n_fft: int = 1280,
         istft_hop: int = 320,
+        istft_block_dc: bool = False,
         upsample_tokens: int = 2,
         n_mels_patch: int = 128,
         hop_length: int = 160,
@@ -94,6 +97,7 @@ class DashengTokenizerConfig(PreTrainedConfig):
         self.decoder_intermediate_size = decoder_intermediate_size
         self.istft_n_fft = istft_n_fft
         self.istft_hop = istft_hop
+        self.istft_block_dc = istft_block_dc
         self.upsample_tokens = upsample_tokens
         self.n_mels_patch = n_mels_patch
         self.hop_length = hop_length

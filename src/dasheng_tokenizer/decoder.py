@@ -62,18 +62,27 @@ class VocosBackbone(nn.Module):
 class ISTFTHead(Float32Module):
     """Log-magnitude and phase of every bin from one linear layer, in float32, then the inverse STFT."""
 
-    def __init__(self, width: int, n_fft: int, hop_length: int) -> None:
+    def __init__(self, width: int, n_fft: int, hop_length: int, block_dc: bool = False) -> None:
         super().__init__()
+        self.block_dc = block_dc
         self.out = nn.Linear(width, n_fft + 2)
         self.istft = InverseSTFT(n_fft, hop_length)
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, T, width) → (B, T·hop) float32 samples."""
         with torch.autocast(h.device.type, enabled=False):
-            log_magnitude, phase = self.out(h.float()).chunk(2, dim=-1)  # (B, T, n_fft/2 + 1) each
-            # min(exp(x), 100), clipped before exp() so that an overflow cannot turn the gradient into 0 · inf.
-            magnitude = log_magnitude.clamp(max=math.log(MAX_MAGNITUDE)).exp()
-            return self.istft(magnitude * phase.cos(), magnitude * phase.sin())  # (B, T·hop)
+            return self.istft(*self.spectrum(h.float()))  # (B, T·hop)
+
+    def spectrum(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, width) float32 → real and imaginary parts, each (B, T, n_fft/2 + 1)."""
+        log_magnitude, phase = self.out(h).chunk(2, dim=-1)  # (B, T, n_fft/2 + 1) each
+        # min(exp(x), 100), clipped before exp() so that an overflow cannot turn the gradient into 0 · inf.
+        magnitude = log_magnitude.clamp(max=math.log(MAX_MAGNITUDE)).exp()
+        real, imaginary = magnitude * phase.cos(), magnitude * phase.sin()
+        if self.block_dc:
+            # A Hann window is 1/2 at bin 0 and -1/4 at its neighbours, so the windowed frame sums to X[0]/2 - Re X[1]/2.
+            real = torch.cat([real[..., 1:2], real[..., 1:]], dim=-1)
+        return real, imaginary
 
 
 class VocosDecoder(nn.Module):
@@ -82,7 +91,7 @@ class VocosDecoder(nn.Module):
     def __init__(self, config: DashengTokenizerConfig) -> None:
         super().__init__()
         self.backbone = VocosBackbone(config)
-        self.head = ISTFTHead(config.decoder_embed_dim, config.istft_n_fft, config.istft_hop)
+        self.head = ISTFTHead(config.decoder_embed_dim, config.istft_n_fft, config.istft_hop, config.istft_block_dc)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) → (B, 320·T) float32 samples."""

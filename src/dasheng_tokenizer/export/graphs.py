@@ -11,7 +11,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dasheng_tokenizer.decoder import MAX_MAGNITUDE
 from dasheng_tokenizer.errors import ExportError
 from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN, SemanticEncoder, token_mask
 from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, MelSpectrogram, with_context
@@ -167,9 +166,8 @@ class DecoderGraph(nn.Module):
         h = backbone.norm(backbone.embed(x).transpose(1, 2))  # (B, frames, width)
         for block in backbone.convnext:
             h = block(h.masked_fill(hidden, 0.0))  # (B, frames, width)
-        log_magnitude, phase = self.decoder.head.out(backbone.final_layer_norm(h)).chunk(2, dim=-1)
-        magnitude = log_magnitude.clamp(max=math.log(MAX_MAGNITUDE)).exp()  # (B, frames, n_fft/2 + 1)
-        return self._overlap(magnitude * phase.cos(), magnitude * phase.sin(), hidden)  # (B, 640·T)
+        real, imaginary = self.decoder.head.spectrum(backbone.final_layer_norm(h))  # (B, frames, n_fft/2 + 1) each
+        return self._overlap(real, imaginary, hidden)  # (B, 640·T)
 
     def _overlap(self, real: Tensor, imaginary: Tensor, hidden: Tensor) -> Tensor:
         """`InverseSTFT` whose sum of windows, too, leaves out what is hidden: → (B, samples)."""
