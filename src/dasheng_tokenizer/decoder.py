@@ -80,7 +80,7 @@ class ISTFTHead(Float32Module):
         magnitude = log_magnitude.clamp(max=math.log(MAX_MAGNITUDE)).exp()
         real, imaginary = magnitude * phase.cos(), magnitude * phase.sin()
         if self.block_dc:
-            # A Hann window is 1/2 at bin 0 and -1/4 at its neighbours, so the windowed frame sums to X[0]/2 - Re X[1]/2.
+            # A Hann window is 1/2 at bin 0 and -1/4 at its neighbours: the windowed frame sums to (X[0] - Re X[1])/2.
             real = torch.cat([real[..., 1:2], real[..., 1:]], dim=-1)
         return real, imaginary
 
