@@ -55,7 +55,7 @@ def read_choices(path: Path, only: list[str] | None) -> list[Variant]:
     if only is not None and len(wanted) < len(only):
         raise SystemExit(f"{path} has the groups {', '.join(repr(group['group']) for group in groups)}")
     return [
-        Variant(group["group"], name, (*group["common"], *settings))
+        Variant(group["group"], str(name), (*group["common"], *settings))
         for group in wanted
         for name, settings in group["variants"].items()
     ]
