@@ -104,7 +104,7 @@ def gain(unified: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> list[
 
 
 def offsets(rows: list[dict[str, Any]]) -> list[list[str | float | int]]:
-    """How far the mean of the reconstruction lies from that of the original, in dBFS: median and greatest of a domain."""
+    """How far the mean of a reconstruction lies from the original's, in dBFS: median and greatest of a domain."""
     lines: list[list[str | float | int]] = []
     for domain in sorted({row["domain"] for row in rows}):
         values = [max(row["offset"], 1e-9) for row in rows if row["domain"] == domain]
