@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from transformers import WhisperConfig, WhisperModel
 
 from conftest import WHISPER, tiny
-from dasheng_tokenizer import DashengTokenizerModel, load_audio
+from dasheng_tokenizer import DashengTokenizerConfig, DashengTokenizerModel, load_audio
 from dasheng_tokenizer.checkpoint_sizes import settings_from_json
 from dasheng_tokenizer.checkpoints import new_tokenizer
 from dasheng_tokenizer.cli import main
@@ -356,3 +357,50 @@ def test_a_changed_row_of_an_evaluation_counts_for_nothing(tmp_path: Path) -> No
     assert RowStore(path).rows == {"a": {"stoi": 0.5}, "b": {"stoi": 0.6}}
     path.write_text(path.read_text().replace("0.6", '"x"'))
     assert RowStore(path).rows == {"a": {"stoi": 0.5}}
+
+
+def test_files_whose_names_are_not_utf8_are_read_and_listed(tmp_path: Path) -> None:
+    """As archives from other systems unpack them."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    name = os.fsdecode(b"caf\xe9.wav")
+    try:
+        (folder / name).write_bytes(audio_bytes())
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert main(["reconstruct", str(folder), "-o", str(tmp_path / "heard")]) == 0
+    table = json.loads((tmp_path / "heard" / "metrics.json").read_text(encoding="utf-8"))
+    assert [Path(row["file"]).name for row in table["files"]] == [name]
+    rows = RowStore(tmp_path / "rows.jsonl")
+    rows.add("a", {"file": name})
+    assert RowStore(tmp_path / "rows.jsonl").rows == {"a": {"file": name}}
+
+
+@pytest.mark.parametrize("path", ["a\ud800.wav", "a\0.wav"])
+def test_a_manifest_with_a_path_that_no_file_can_have(
+    path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "clips.jsonl"
+    (tmp_path / "good.wav").write_bytes(audio_bytes())
+    manifest.write_text(json.dumps({"path": path}) + "\n" + json.dumps({"path": "good.wav", "caption": "x"}) + "\n")
+    tiny("whisper").save_pretrained(tmp_path / "tokenizer")
+    out = tmp_path / "latents"
+    assert main(["encode-dataset", str(manifest), str(out), "--model", str(tmp_path / "tokenizer")]) == 1
+    assert len(LatentDataset(out)) == 1
+    assert "no file can have such a name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [{}, "a\nb", 1.5, [384]])
+def test_a_width_of_an_encoder_that_is_no_number(width: object) -> None:
+    with pytest.raises(ConfigurationError, match="whole number|needs 'config'"):
+        DashengTokenizerConfig(semantic_encoder={"kind": "whisper", "config": {"d_model": width}})
+
+
+def test_a_token_file_whose_name_no_reader_would_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.wav")).write_bytes(audio_bytes())
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert main(["encode", str(tmp_path), "-o", str(tmp_path / "tokens")]) == 1
+    assert "needs a name in UTF-8; rename" in capsys.readouterr().err
+    assert not list((tmp_path / "tokens").rglob("*.*"))

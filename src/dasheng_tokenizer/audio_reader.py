@@ -91,7 +91,10 @@ class AudioReader:
         else:
             self._file.seek(0)  # type: ignore[union-attr]
         try:
-            return _SequentialFile(self._file if path is None else os.fspath(path))
+            if path is None:
+                return _SequentialFile(self._file)
+            # As bytes where the system has names of bytes: soundfile refuses text that is not UTF-8.
+            return _SequentialFile(os.fsencode(path) if os.name == "posix" else os.fspath(path))
         except (soundfile.SoundFileError, TypeError, ValueError, OSError) as error:
             raise AudioFileError(
                 f"{self.name} is not audio that can be read here, or its beginning is damaged ({reason(error)}); "

@@ -131,12 +131,14 @@ class DashengTokenizerConfig(PreTrainedConfig):
                 f"semantic_encoder of kind {kind!r} needs 'config', the transformers configuration of the encoder, "
                 "with its width (d_model or hidden_size)"
             )
+        if not isinstance(width, int):
+            raise ConfigurationError(f"the width of the {kind} encoder is {width!r}; it must be a whole number")
         if embed_dim is not None and embed_dim != width:
             raise ConfigurationError(
                 f"embed_dim {embed_dim} differs from the width {width} of the {kind} encoder; acoustic features are "
                 "added to semantic ones, so leave embed_dim out or make them equal"
             )
-        return int(width)
+        return width
 
     def _check(self) -> None:
         for name in _WHOLE:

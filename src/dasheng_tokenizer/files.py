@@ -47,6 +47,15 @@ def is_partial(path: str | Path) -> bool:
     return name.startswith(".") and f"{_PARTIAL}." in f"{name}."
 
 
+def write_text(path: Path, text: str, newline: str | None = None) -> None:
+    r"""`path.write_text` of any text in UTF-8.
+
+    Names of files that are not UTF-8 reach Python as halves of characters, which UTF-8 does not know. They become
+    `\udcff`, which a reader of JSON turns back into the same name.
+    """
+    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline=newline)
+
+
 def make_folder(path: str | Path) -> Path:
     """Create a folder and its parents.
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from dasheng_tokenizer.audio import Array, AudioReader, resample
 from dasheng_tokenizer.errors import AudioError, MissingExtraError, OutputError
 from dasheng_tokenizer.evaluation.metrics import magnitude_spectrogram, mel_distance, pesq_wb, si_sdr, stoi
-from dasheng_tokenizer.files import atomic_path, parse_json, require_extra
+from dasheng_tokenizer.files import atomic_path, parse_json, require_extra, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,13 +113,13 @@ class Report:
         rows = list(self.rows.values())
         content = {"about": _ABOUT, "mean": self.means(), "files": rows}
         with atomic_path(self.folder / "metrics.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+            write_text(temporary, json.dumps(content, indent=1, ensure_ascii=False))
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, [key for key in row if key != "missing"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
         with atomic_path(self.folder / "metrics.csv") as temporary:
-            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+            write_text(temporary, text.getvalue(), newline="")
 
     def means(self) -> dict[str, float | None]:
         """Mean of each metric over the files that have it."""
@@ -181,7 +181,8 @@ def picture(original: Array, decoded: Array, title: str) -> Figure:
         axis.set_ylabel("kHz")
         figure.colorbar(image, ax=axis, label="dB", pad=0.01)
     axes[-1].set_xlabel("seconds")
-    figure.suptitle(title.replace("$", r"\$"))  # a dollar sign would start a formula
+    # A dollar sign would start a formula, and fonts know no halves of characters.
+    figure.suptitle(title.encode(errors="replace").decode().replace("$", r"\$"))
     return figure
 
 

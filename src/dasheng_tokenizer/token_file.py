@@ -113,6 +113,7 @@ class AudioTokens:
             self.model_name,
             self.weights_hash,
         )
+        check_name(path)
         with atomic_path(path, overwrite) as temporary:
             try:
                 save_file({"latents": self.latents.detach().cpu().contiguous()}, temporary, metadata)
@@ -195,6 +196,20 @@ class AudioTokens:
 
 STORED_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Names of the number types in a safetensors header."""
+
+
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Refuse names that the readers of safetensors do not open.
+
+    Raises:
+        OutputError: a name that is not UTF-8.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"cannot write {path}: safetensors needs a name in UTF-8; rename the input or folder"
+        ) from error
 
 
 def header_metadata(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dasheng_tokenizer.errors import LatentError, TokenFileError
 from dasheng_tokenizer.files import atomic_path, output_error, parse_json
-from dasheng_tokenizer.token_file import DTYPES, STORED_DTYPES, AudioTokens, header_metadata
+from dasheng_tokenizer.token_file import DTYPES, STORED_DTYPES, AudioTokens, check_name, header_metadata
 
 BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 _INTEGER = {4: torch.int32, 2: torch.int16}
@@ -53,6 +53,7 @@ class TokenWriter:
         latents = {"dtype": STORED_DTYPES[self.dtype], "shape": list(self.shape), "data_offsets": [0, size]}
         header = json.dumps({"__metadata__": self._metadata, "latents": latents}).encode()
         header += b" " * (-len(header) % 8)  # safetensors aligns its data to 8 bytes
+        check_name(self.path)
         temporary = self._stack.enter_context(atomic_path(self.path))
         self._file: IO[bytes] = self._stack.enter_context(open(temporary, "wb"))
         self._file.write(struct.pack("<Q", len(header)) + header)

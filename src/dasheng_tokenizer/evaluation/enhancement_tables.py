@@ -20,7 +20,7 @@ from dasheng_tokenizer.evaluation.enhancement_systems import UNPROCESSED
 from dasheng_tokenizer.evaluation.frechet import RESAMPLES, Estimate, bootstrap
 from dasheng_tokenizer.evaluation.reconstruction import Row
 from dasheng_tokenizer.evaluation.report import Report, Table
-from dasheng_tokenizer.files import atomic_path
+from dasheng_tokenizer.files import atomic_path, write_text
 
 NAME, CSV_NAME = "enhancement.json", "enhancement.csv"
 
@@ -253,7 +253,7 @@ class Tables:
             "rows": rows,
         }
         with atomic_path(folder / NAME) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_text(temporary, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         text = io.StringIO(newline="")
         facts = ["system", "file", "clip", "snr_db", "noise", "seconds"]
         figures = [column.name for metric in self.outcome.metrics for column in metric.columns]
@@ -264,7 +264,7 @@ class Tables:
             missing = "; ".join(f"{name}: {reason}" for name, reason in row["missing"].items())
             writer.writerow([*(row.get(name) for name in (*facts, *figures, *more)), missing, row["error"]])
         with atomic_path(folder / CSV_NAME) as temporary:
-            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+            write_text(temporary, text.getvalue(), newline="")
 
 
 def _plain(name: str) -> Callable[[Row], Counts | None]:

@@ -27,7 +27,7 @@ from dasheng_tokenizer.cli_paths import DECODED, RECONSTRUCTED
 from dasheng_tokenizer.errors import AudioError, AudioFileError, DataError
 from dasheng_tokenizer.evaluation.embedding_store import Split
 from dasheng_tokenizer.evaluation.probe_tasks import Example
-from dasheng_tokenizer.files import atomic_path, parse_json
+from dasheng_tokenizer.files import atomic_path, parse_json, write_text
 from dasheng_tokenizer.spectral import SAMPLING_RATE
 from dasheng_tokenizer.training.clips import EncodedClip, SkipReport, encoded_clips, find_shards
 
@@ -180,8 +180,7 @@ def write_manifest(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     path = folder / MANIFEST
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with atomic_path(path) as temporary:
-        # Halves of characters, which UTF-8 does not know, become \uD800: the same to a reader of JSON.
-        temporary.write_text(lines, encoding="utf-8", errors="backslashreplace")
+        write_text(temporary, lines)
     return path
 
 

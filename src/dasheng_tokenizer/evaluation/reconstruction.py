@@ -149,7 +149,7 @@ class RowStore:
             OutputError: it cannot be written.
         """
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 line = {"id": digest, "row": row, "check": _digest([digest, row])}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         except OSError as error:

@@ -21,7 +21,7 @@ from dasheng_tokenizer.evaluation.model_metrics import EXTRA
 from dasheng_tokenizer.evaluation.reconstruction import Outcome, Row
 from dasheng_tokenizer.evaluation.reconstruction_inputs import LENGTH_TOLERANCE
 from dasheng_tokenizer.evaluation.report import Report, Table
-from dasheng_tokenizer.files import atomic_path, make_folder, output_error, require_extra
+from dasheng_tokenizer.files import atomic_path, make_folder, output_error, require_extra, write_text
 
 NAME = "reconstruction.json"
 CSV_NAME = "reconstruction.csv"
@@ -108,7 +108,7 @@ class Tables:
             "files": self.outcome.rows,
         }
         with atomic_path(folder / NAME) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_text(temporary, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         text = io.StringIO(newline="")
         figures = [column.name for column in self.columns]
         writer = csv.writer(text)
@@ -118,7 +118,7 @@ class Tables:
             facts = [row[name] for name in ("system", "file", "domain", "seconds", "bits", "cut_samples", *figures)]
             writer.writerow([*facts, missing, row["error"]])
         with atomic_path(folder / CSV_NAME) as temporary:
-            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+            write_text(temporary, text.getvalue(), newline="")
 
     def report(self, title: str, command: str, data: str) -> Report:
         """The summary in the form of `docs/reports`: one table a domain, then one of all together."""

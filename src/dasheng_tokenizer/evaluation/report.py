@@ -9,7 +9,7 @@ import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dasheng_tokenizer.files import atomic_path, make_folder
+from dasheng_tokenizer.files import atomic_path, make_folder, write_text
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Report:
         self.date = self.date or datetime.date.today().isoformat()
         make_folder(path.parent)
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_text(temporary, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     def markdown(self) -> str:
         """Title, tables and notes in Markdown."""

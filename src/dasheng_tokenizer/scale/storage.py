@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -60,11 +61,15 @@ def read_bytes(name: str, start: int = 0, end: int | None = None) -> bytes:
 
     Raises:
         FileNotFoundError: there is no such file.
-        OSError: a local file that cannot be read.
+        OSError: a local file that cannot be read, or a name that no local file can have.
         DataError: a storage that does not answer, after `TRIES` requests.
     """
     if not is_url(name):
-        with open(name, "rb") as file:
+        try:
+            file = open(name, "rb")  # noqa: SIM115
+        except ValueError as error:  # a zero byte, or half a character, in the name
+            raise OSError(errno.EINVAL, f"no file can have such a name ({error})") from error
+        with file:
             file.seek(start)
             return file.read() if end is None else file.read(end - start)
     system, path = file_system(name)
@@ -96,6 +101,8 @@ def opened(name: str) -> Iterator[IO[bytes]]:
             file = open(name, "rb")  # noqa: SIM115
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{name} cannot be read: no file can have such a name ({error})") from error
     with file:
         yield file
 
