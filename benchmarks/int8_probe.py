@@ -75,7 +75,7 @@ def main() -> None:
     changes: dict[str, list[float]] = {name: [] for name in NAMES}
     for item in suite:
         scores = [{score.representation: score for score in probe_task(item, e, store)} for e in (exact, int8(options))]
-        tiny = "" if item.task.weight else " (few clips)"
+        tiny = "" if item.task.weight else " (not averaged)"
         row: list[str | float | int] = [item.task.name + tiny, item.task.metric]
         for name in NAMES:
             before, after = (100 * side[name].mean for side in scores)
