@@ -98,9 +98,7 @@ def main() -> None:
                 rows,
             )
         ],
-        notes=[
-            "Tasks with few test clips are shown and left out of the mean: one clip more or less moves them by points."
-        ],
+        notes=["Not averaged: tasks with few clips, which one clip moves by points, and with weak labels."],
         order=3,
     ).save(options.report)
 
