@@ -79,12 +79,12 @@ def row(variant: Variant, runs: list[Path]) -> list[str | float | int]:
 
 
 def write_report(variants: list[Variant], options: argparse.Namespace) -> None:
-    """A table for each group that has a finished run."""
+    """A table for each group of which two variants are done."""
     tables = []
     for group in dict.fromkeys(variant.group for variant in variants):
         members = [(v, v.finished(options.runs, options.seeds)) for v in variants if v.group == group]
         rows = [row(variant, runs) for variant, runs in members if runs]
-        if rows:
+        if len(rows) > 1:  # the default alone says nothing
             columns = ["variant", "seeds", "trained parameters, 10⁶", *FIGURES.values()]
             tables.append(Table(group, columns, rows))
     Report(
