@@ -37,7 +37,7 @@ class DashengTokenizerConfig(PreTrainedConfig):
         istft_n_fft: inverse STFT size in samples.
         istft_hop: inverse STFT hop in samples.
         istft_block_dc: make every frame of the inverse STFT sum to zero. The latents know no offset, and a decoder left
-            to itself makes one up: up to -40 dBFS in music. Off in the published layout.
+            to itself makes one up, most of all in music. Off in the published layout.
         upsample_tokens: decoder frames a token; istft_hop · upsample_tokens must be 640.
         n_mels_patch: mel bands of the acoustic layer's input.
         hop_length: hop of the mel front ends in samples (not the token's 640; that is `model.hop_length`).

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dasheng_tokenizer.errors import ConfigurationError
-from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN, SemanticEncoder, attention_mask, token_mask
+from dasheng_tokenizer.semantic_encoder import FRAMES_PER_TOKEN, SemanticEncoder, encoder_mask, token_mask
 from dasheng_tokenizer.spectral import CONTEXT, SAMPLES_PER_TOKEN, Float32LayerNorm, MelSpectrogram
 
 TOKENS_PER_SECOND = 25
@@ -93,7 +93,7 @@ class WhisperSemanticEncoder(SemanticEncoder):
         h = F.gelu(net.conv1(mel)).masked_fill(~mel_frames[:, None], 0.0)  # (B, D, 4N)
         h = F.gelu(net.conv2(h)).transpose(1, 2)  # (B, 2N, D)
         h = h.float() + net.embed_positions.weight[: h.shape[1]]  # (B, 2N, D)
-        mask = attention_mask(token_mask(FRAMES_AVERAGED * num_tokens, h.shape[1]))
+        mask = encoder_mask(token_mask(FRAMES_AVERAGED * num_tokens, h.shape[1]), net.conv1.weight.dtype)
         if mask is not None:
             mask = mask.expand(-1, 1, h.shape[1], -1)  # the attention of transformers wants (B, 1, 2N, 2N)
         for layer in net.layers:

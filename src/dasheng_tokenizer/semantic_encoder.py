@@ -43,17 +43,25 @@ def token_mask(num_tokens: Tensor, length: int) -> Tensor:
 
 
 def attention_mask(mask: Tensor) -> Tensor | None:
-    """(B, N) → (B, 1, 1, N) for scaled-dot-product attention; None where nothing is hidden (faster kernels).
-
-    Bool, true for what may be seen. In an exported graph float32 that is added: without the choices of a bool mask, and
-    the tests for rows that see nothing (there are none), onnxruntime encodes a tenth faster.
-    """
+    """(B, N) → (B, 1, 1, N) bool for scaled-dot-product attention; None where nothing is hidden (faster kernels)."""
     if not torch.compiler.is_compiling() and bool(mask.all()):
         return None
-    mask = mask[:, None, None, :]
-    if torch.compiler.is_exporting():
-        return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -1e9)
-    return mask
+    return mask[:, None, None, :]
+
+
+def encoder_mask(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """`attention_mask` of an encoder, which always sees a token; in an exported graph as what is added to the scores.
+
+    With a bool mask a graph chooses scores and looks for rows that see nothing; without, onnxruntime encodes faster.
+
+    Args:
+        mask: (B, N) bool, true for what may be seen.
+        dtype: of queries and keys.
+    """
+    seen = attention_mask(mask)
+    if seen is None or not torch.compiler.is_exporting():
+        return seen
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min / 2)
 
 
 class SemanticEncoder(nn.Module):
@@ -267,7 +275,7 @@ class DashengEncoder(SemanticEncoder):
             decibel = self.init_bn[1](decibel)  # (B, 64, 4N)
         x = self.patch_embed(decibel)  # (B, N, D)
         x = x + self.time_pos_embed[0, :, 0, :length].T + self.freq_pos_embed[0, :, 0, 0]  # (B, N, D)
-        mask = attention_mask(token_mask(num_tokens, length))
+        mask = encoder_mask(token_mask(num_tokens, length), self.time_pos_embed.dtype)
         for block in self.blocks:
             x = block(x, mask)  # (B, N, D)
         return self.norm(x)  # (B, N, D)
