@@ -59,11 +59,13 @@ class OptimizerConfig:
 class LossWeights:
     """Weights of the terms of the generator's loss; a weight of 0 leaves the term uncomputed.
 
-    The defaults are those a later paper gives for this architecture; the STFT term is ours and off by default.
+    The defaults are those a later paper gives for this architecture; the STFT and phase terms are ours and off by
+    default.
 
     Attributes:
         mel: 7-scale mel distance.
         stft: multi-resolution STFT distance.
+        phase: distance of the phase's derivatives in time and frequency.
         semantic: semantic preservation, the distance of the acoustic embedding to the semantic one; not for a VAE.
         kl: Kullback-Leibler divergence, for a VAE only; see docs/training.md for where 0.25 comes from.
         adversarial: least-squares answer of the discriminators.
@@ -72,6 +74,7 @@ class LossWeights:
 
     mel: float = 45.0
     stft: float = 0.0
+    phase: float = 0.0
     semantic: float = 45.0
     kl: float = 0.25
     adversarial: float = 1.0

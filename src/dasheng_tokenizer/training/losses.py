@@ -28,6 +28,9 @@ MEL_BANDS = (5, 10, 20, 40, 80, 160, 320)
 STFT_WINDOWS = (512, 1024, 2048)
 """Window lengths in samples of the multi-resolution STFT loss; all are mel windows too, so that spectra are shared."""
 
+PHASE_WINDOW = 512
+"""Window length in samples of the phase derivative loss: harmonics of a voice are apart, its pulses nearly so."""
+
 SILENCE_AMPLITUDE = 1e-3
 """RMS at full scale 1 (-60 dBFS) of white noise below which a target counts as silence in the spectral convergence."""
 
@@ -102,8 +105,7 @@ class SpectraPair:
         Raises:
             AudioError: shapes that differ, or are not (B, S).
         """
-        if audio.ndim != 2 or audio.shape != target.shape or audio.shape[-1] == 0:
-            raise AudioError(f"spectral losses compare two (B, S), not {tuple(audio.shape)} with {tuple(target.shape)}")
+        _check_pair(audio, target)
         self._audio, self._target = audio, target.detach()
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -203,6 +205,66 @@ class MultiResolutionSTFTLoss(nn.Module):
             return (error / norm).mean() + log_distance
 
 
+class PhaseDerivativeLoss(nn.Module):
+    """How far the phase's steps in time and in frequency are from the target's: 1 - cos of the difference, weighted.
+
+    Phases themselves cannot be known from a magnitude spectrogram; their steps nearly can, since the derivatives of a
+    spectrum's phase follow from those of its log magnitude (Průša, Balazs and Søndergaard 2017, doi
+    10.1109/TASLP.2017.2678166). Losses on magnitudes teach phases only through overlapping frames. Anti-wrapping losses
+    of instantaneous frequency and group delay are those of APNet (arXiv 2305.07952); a cosine needs no unwrapping.
+
+    Weights are the square root of the target's magnitude: what is loud counts more, and not alone.
+    """
+
+    def __init__(self, window: int = PHASE_WINDOW) -> None:
+        """Choose the resolution.
+
+        Args:
+            window: length in samples, a multiple of 4; hop is a quarter.
+
+        Raises:
+            ConfigurationError: a window that is no multiple of 4.
+        """
+        super().__init__()
+        _check_windows([window])
+        self.window = window
+
+    def forward(self, audio: Tensor, target: Tensor) -> Tensor:
+        """(B, S) audio and target → scalar, 0 to 2; 0.66 for unrelated noise, 0 for a silent target.
+
+        Raises:
+            AudioError: shapes that differ, or are not (B, S).
+        """
+        _check_pair(audio, target)
+        with torch.autocast(audio.device.type, enabled=False):
+            estimate = self._spectrum(audio.float())  # (B, frames, bins) complex
+            with torch.no_grad():
+                truth = self._spectrum(target.float())
+            times = self._distance(estimate[:, 1:] * estimate[:, :-1].conj(), truth[:, 1:] * truth[:, :-1].conj())
+            bins = self._distance(
+                estimate[:, :, 1:] * estimate[:, :, :-1].conj(), truth[:, :, 1:] * truth[:, :, :-1].conj()
+            )
+            return (times + bins) / 2
+
+    def _spectrum(self, audio: Tensor) -> Tensor:
+        hop = self.window // 4
+        padded = F.pad(audio, (self.window, self.window))  # zeros: at least two frames, whatever the length
+        frames = padded.unfold(-1, self.window, hop)  # (B, frames, window)
+        return torch.fft.rfft(frames * torch.hann_window(self.window, device=audio.device))
+
+    def _distance(self, estimate: Tensor, truth: Tensor) -> Tensor:
+        """Of products of neighbours, whose angles are the steps: complex (B, …) each → scalar."""
+        size = truth.abs()
+        silence = 0.375 * self.window * SILENCE_AMPLITUDE**2  # power of a bin
+        weight = torch.where(size > silence, size.sqrt().sqrt(), 0.0)  # of the magnitude: products are of its square
+        weight = weight / weight.mean((1, 2), keepdim=True).clamp(min=silence**0.25)
+        # Where the estimate is far too quiet its angle says little and would get a gradient beyond all others.
+        least = (0.1 * size).clamp(min=silence)
+        length = (estimate.real.square() + estimate.imag.square()).clamp(min=least.square()).sqrt()
+        cosine = (estimate.real * truth.real + estimate.imag * truth.imag) / (length * size.clamp(min=silence))
+        return (weight * (1 - cosine)).mean()
+
+
 def mel_filters(n_fft: int, bands: int) -> Tensor:
     """Slaney mel filters, 0 to 8000 Hz, (n_fft/2 + 1, bands) float32, none of them empty.
 
@@ -271,6 +333,11 @@ def feature_matching_loss(real: Sequence[DiscriminatorOutput], fake: Sequence[Di
         for real_feature, fake_feature in zip(r.features, f.features, strict=True)
     ]
     return torch.stack(terms).mean()
+
+
+def _check_pair(audio: Tensor, target: Tensor) -> None:
+    if audio.ndim != 2 or audio.shape != target.shape or audio.shape[-1] == 0:
+        raise AudioError(f"spectral losses compare two (B, S), not {tuple(audio.shape)} with {tuple(target.shape)}")
 
 
 def _check_windows(windows: Iterable[int]) -> None:

@@ -26,6 +26,7 @@ from dasheng_tokenizer.training.losses import (
     DiscriminatorOutput,
     MultiResolutionSTFTLoss,
     MultiScaleMelLoss,
+    PhaseDerivativeLoss,
     SpectraPair,
     discriminator_loss,
     feature_matching_loss,
@@ -76,6 +77,7 @@ class TokenizerTask:
         self.state = make_state(fabric, config, model)
         self.mel = MultiScaleMelLoss().to(fabric.device)
         self.stft = MultiResolutionSTFTLoss().to(fabric.device)
+        self.phase = PhaseDerivativeLoss()
         self.modules: dict[str, nn.Module] = {"tokenizer": model}
         self.optimizers = {"tokenizer": self.state.generator_optimizer}
         self.averages = {"tokenizer": self.state.average}
@@ -183,6 +185,8 @@ class TokenizerTask:
             losses["mel"] = self.mel.from_spectra(spectra)
         if weights.stft:
             losses["stft"] = self.stft.from_spectra(spectra)
+        if weights.phase:
+            losses["phase"] = self.phase(audio, part.target)
         acoustic, semantic = generated.acoustic, generated.semantic
         if weights.semantic and self.config.latent != "semantic" and acoustic is not None and semantic is not None:
             losses["semantic"] = semantic_preservation_loss(acoustic, semantic)
