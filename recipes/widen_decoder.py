@@ -2,10 +2,10 @@
 
     python recipes/widen_decoder.py --width 448 --intermediate 1344 -o runs/wide [--model FOLDER] [--seed 0]
 
-Channels of the residual stream are copied, and whatever reads a channel shares its weight out among the copies (Net2Net,
-Chen et al. 2016, arXiv 1511.05641). Units inside a block are new, and nothing reads them yet. A multiple of the old
-width computes what the old decoder did, to rounding; at other widths the layer norms count some channels more often than
-others, and some hundred steps make up for it. Go on from there:
+Channels of the residual stream are copied, and whatever reads a channel shares its weight out among the copies
+(Net2Net, Chen et al. 2016, arXiv 1511.05641). Units inside a block are new, and nothing reads them yet. A multiple of
+the old width computes what the old decoder did, to rounding; at other widths the layer norms count some channels more
+often than others, and some hundred steps make up for it. Go on from there:
 
     dasheng-tokenizer train --config recipes/default.yaml init=runs/wide acoustic_start.kind=random …
 """
@@ -23,7 +23,7 @@ from dasheng_tokenizer import DashengTokenizerModel
 from dasheng_tokenizer.decoder import VocosDecoder
 
 SPREAD = 0.5
-"""Of the spread of a weight matrix: what is added to one copy's weight and taken from the others', so that they part."""
+"""Of the spread of a weight matrix: what is added to the weight of a copy and taken from the others: copies part."""
 
 
 def shared_out(weight: Tensor, sources: Tensor, draw: torch.Generator) -> Tensor:
@@ -36,9 +36,7 @@ def shared_out(weight: Tensor, sources: Tensor, draw: torch.Generator) -> Tensor
 
 
 @torch.no_grad()
-def widen(
-    model: DashengTokenizerModel, width: int, intermediate_size: int, seed: int = 0
-) -> DashengTokenizerModel:
+def widen(model: DashengTokenizerModel, width: int, intermediate_size: int, seed: int = 0) -> DashengTokenizerModel:
     """The tokenizer with a decoder of the new sizes.
 
     Raises:
