@@ -5,8 +5,8 @@
         [--model FOLDER] [--clips 60]
 
 The log-mel spectrogram of the acoustic layer is inverted by Griffin and Lim's method as it is, and as a linear map
-reads it off the latents: the difference is what the latents lose for a linear reader. Magnitudes and phases of original and
-reconstruction are then put together crosswise.
+reads it off the latents: the difference is what the latents lose for a linear reader. Magnitudes and phases of original
+and reconstruction are then put together crosswise.
 """
 
 from __future__ import annotations
