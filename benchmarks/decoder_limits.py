@@ -16,6 +16,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import librosa
 import numpy as np
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True, help="speech that is measured")
     parser.add_argument("--model", help="tokenizer folder (default: the embedded one)")
     parser.add_argument("--clips", type=int, default=60)
-    parser.add_argument("--report", required=True)
+    parser.add_argument("--report", type=Path, required=True)
     options = parser.parse_args()
     model = DashengTokenizerModel.from_pretrained(options.model).eval()
     matrix = readout(model, every(options.train, 4 * options.clips))
