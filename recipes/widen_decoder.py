@@ -55,7 +55,9 @@ def widen(model: DashengTokenizerModel, width: int, intermediate_size: int, seed
 
     wide = copy.deepcopy(model)
     wide.config.decoder_embed_dim, wide.config.decoder_intermediate_size = width, intermediate_size
-    wide.decoder = VocosDecoder(wide.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        wide.decoder = VocosDecoder(wide.config)
     kept = model.state_dict()
     for name, value in wide.state_dict().items():
         value.copy_(widened(name, kept[name], value, sources, draw))

@@ -46,6 +46,13 @@ def test_latents_and_other_weights_stay(tiny_model: DashengTokenizerModel) -> No
     assert torch.isfinite(wide.decode(tiny_model.encode(audio))).all()
 
 
+def test_a_seed_gives_the_same_decoder(tiny_model: DashengTokenizerModel) -> None:
+    sizes = tiny_model.config.decoder_embed_dim + 5, tiny_model.config.decoder_intermediate_size + 3
+    one, same, other = (widen_decoder.widen(tiny_model, *sizes, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    assert not all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def test_a_decoder_does_not_become_narrower(tiny_model: DashengTokenizerModel) -> None:
     config = tiny_model.config
     with pytest.raises(ValueError, match="only become wider"):
