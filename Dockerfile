@@ -11,7 +11,7 @@ FROM python:3.11-slim
 ARG PIP_EXTRA_INDEX_URL=""
 ENV PIP_EXTRA_INDEX_URL=${PIP_EXTRA_INDEX_URL} PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 
-WORKDIR /opt/dasheng-tokenizer
+WORKDIR /app
 # What changes seldom comes first, so that a change of the code does not fetch torch again.
 COPY constraints.txt ./
 RUN pip install -c constraints.txt torch transformers gradio

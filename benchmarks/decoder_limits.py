@@ -84,7 +84,7 @@ def griffin_lim(model: DashengTokenizerModel, mel: Tensor) -> Samples:
 
 
 def crossed(magnitude_of: Samples, phase_of: Samples) -> Samples:
-    """Magnitudes of one signal with the phases of another."""
+    """Magnitudes of one signal with the phases of another: (samples,) each → (samples,) of the second."""
     one, other = (librosa.stft(audio, n_fft=COARSE, hop_length=HOP) for audio in (magnitude_of, phase_of))
     turned = np.abs(one) * np.exp(1j * np.angle(other))
     audio: Samples = librosa.istft(turned, n_fft=COARSE, hop_length=HOP, length=len(phase_of)).astype(np.float32)

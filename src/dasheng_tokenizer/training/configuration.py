@@ -68,7 +68,7 @@ class LossWeights:
         phase: distance of the phase's derivatives in time and frequency.
         semantic: semantic preservation, the distance of the acoustic embedding to the semantic one; not for a VAE.
         kl: Kullback-Leibler divergence, for a VAE only; see docs/training.md for where 0.25 comes from.
-        adversarial: least-squares answer of the discriminators.
+        adversarial: hinge answer of the discriminators.
         feature_matching: distance of the discriminators' features.
     """
 
