@@ -1,6 +1,7 @@
-"""Gives a trained tokenizer an acoustic layer of another power, and what worked on its latents a start on the new ones.
+"""Gives a trained tokenizer another acoustic layer, and what worked on its latents a start on the new ones.
 
-    python recipes/change_power.py recipes/default.yaml --power 1 -o runs/started [--model FOLDER] [KEY=VALUE …]
+    python recipes/change_power.py recipes/default.yaml --power 1 [--floor 3e-3] -o runs/started [--model FOLDER]
+        [KEY=VALUE …]
     python recipes/change_power.py recipes/default.yaml --denoiser FOLDER --recipe recipes/enhancement.yaml
         --model OLD --to NEW -o runs/started-enhancer
 
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dasheng_tokenizer import DashengTokenizerModel
+from dasheng_tokenizer import DashengTokenizerConfig, DashengTokenizerModel
 from dasheng_tokenizer.enhancement import Denoiser
 from dasheng_tokenizer.enhancement.latent_space import latent_statistics
 from dasheng_tokenizer.enhancement.training_configuration import load_enhancement_recipe
@@ -61,9 +62,23 @@ def guess(wanted: Tensor, given: Tensor) -> Tensor:
     return torch.linalg.solve(squares, given.T @ wanted).T.float()
 
 
-def change_tokenizer(config: TrainingConfig, old: DashengTokenizerModel, power: float) -> DashengTokenizerModel:
-    """The tokenizer with a new acoustic layer, and an upsampler that takes its latents for the old ones."""
-    new = copy.deepcopy(old)
+def change_tokenizer(
+    config: TrainingConfig, old: DashengTokenizerModel, power: float, floor: float | None = None
+) -> DashengTokenizerModel:
+    """The tokenizer with a new acoustic layer, and an upsampler that takes its latents for the old ones.
+
+    Args:
+        config: recipe whose training data the layer is computed from.
+        old: stays as it is.
+        power: see `AcousticStartConfig`.
+        floor: see `DashengTokenizerConfig.log_mel_floor`; None keeps the old one.
+
+    Raises:
+        ConfigurationError: A power or floor out of range.
+    """
+    settings = old.config.to_dict() | ({} if floor is None else {"log_mel_floor": floor})
+    new = DashengTokenizerModel(DashengTokenizerConfig.from_dict(settings)).eval()
+    new.load_state_dict(old.state_dict())
     fabric = make_fabric(config)
     data = open_data(fabric, config, new)
     start = dataclasses.replace(config.acoustic_start, kind="water_filling", power=power)
@@ -106,19 +121,20 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="recipe of the tokenizer, whose data the statistics are taken of")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="in place of those of the recipe")
     parser.add_argument("--power", type=float, help="see acoustic_start.power of a recipe")
+    parser.add_argument("--floor", type=float, help="see log_mel_floor of a tokenizer (default: as it is)")
     parser.add_argument("--model", help="folder of the old tokenizer (default: the embedded one)")
     parser.add_argument("--denoiser", help="folder of a denoiser for the latents of the old tokenizer")
     parser.add_argument("--recipe", type=Path, default=Path("recipes/enhancement.yaml"), help="of the denoiser")
     parser.add_argument("--to", help="folder of the new tokenizer, for --denoiser")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # settings may stand at the end
     given = [value is not None for value in (arguments.power, arguments.denoiser, arguments.to)]
-    if given not in ([True, False, False], [False, True, True]):
-        parser.error("give --power, or --denoiser and --to")
+    if given not in ([True, False, False], [False, True, True]) or (arguments.floor and arguments.denoiser):
+        parser.error("give --power, with or without --floor, or --denoiser and --to")
     config = load_recipe(arguments.config, [*arguments.settings, "accelerator=cpu", "devices=1"])
     old = DashengTokenizerModel.from_pretrained(arguments.model).eval()
     if arguments.denoiser is None:
-        change_tokenizer(config, old, arguments.power).save_pretrained(arguments.output)
+        change_tokenizer(config, old, arguments.power, arguments.floor).save_pretrained(arguments.output)
         return
     denoiser = Denoiser.from_pretrained(arguments.denoiser)
     change_denoiser(config, arguments.recipe, denoiser, old, arguments.to).save_pretrained(arguments.output)

@@ -41,6 +41,27 @@ def test_the_decoder_takes_the_new_latents_for_the_old_ones(tiny_model: DashengT
     assert float((guessed - before).norm() / before.norm()) < 0.3 * float((after - before).norm() / before.norm())
 
 
+def test_a_layer_with_a_floor_leaves_the_old_tokenizer_as_it_is(
+    tiny_model: DashengTokenizerModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(change_power, "open_data", lambda *_: MemoryData())
+    old = copy.deepcopy(tiny_model)
+    config = dataclasses.replace(settings(tmp_path), acoustic_start=AcousticStartConfig(tokens=400))
+    new = change_power.change_tokenizer(config, tiny_model, power=1.0, floor=0.03)
+    assert new.config.log_mel_floor == 0.03 and tiny_model.config.log_mel_floor == 1e-7
+    silence = torch.zeros(1, 1024 + 640 * 8)
+    assert torch.equal(new.encode_acoustic(silence), new.encode_acoustic(silence + 1e-6))
+    for name, value in old.state_dict().items():
+        assert torch.equal(value, tiny_model.state_dict()[name]), name
+        if name.startswith("decoder."):
+            assert torch.equal(value, new.state_dict()[name]), name
+    # The new decoder gives of the new latents about what the old one gave of the old ones.
+    audio = MemoryData().batch(0).audio
+    before = old.decode(latents(old, audio))
+    mapped, unmapped = (decoder.decode(latents(new, audio)).detach() - before.detach() for decoder in (new, old))
+    assert float(mapped.norm()) < 0.5 * float(unmapped.norm())
+
+
 def test_a_denoiser_that_adds_nothing_still_adds_nothing_and_differences_are_mapped(
     tiny_model: DashengTokenizerModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

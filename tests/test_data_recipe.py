@@ -20,6 +20,7 @@ import soundfile
 import yaml
 
 from dasheng_tokenizer.errors import DataError
+from dasheng_tokenizer.training.clips import read_clips
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "data"
 sys.path.insert(0, str(RECIPE))  # as it is when build.py is started
@@ -29,7 +30,8 @@ from build import main  # noqa: E402
 from containers import unpack_containers  # noqa: E402
 from decoding import trim_silence  # noqa: E402
 from instruments import midi_events  # noqa: E402
-from shards import fingerprints, without_copies  # noqa: E402
+from narrow_band import main as narrow_band  # noqa: E402
+from shards import add_member, fingerprints, without_copies  # noqa: E402
 from sources import cut, load_rules, split_of  # noqa: E402
 
 pytestmark = [
@@ -354,3 +356,34 @@ def test_notes_of_another_sound_font_keep_their_side(monkeypatch: pytest.MonkeyP
     made = [row for row, _ in sources.rerendered_notes(rule, tmp_path, corpus)]
     assert [(row["split"], row["group"], row["labels"]["pitch"]) for row in made] == [("test", "gm:001", 60)]
     assert made[0]["source_package"] == "font" and "key" not in made[0]
+
+
+def test_narrow_copies_are_empty_above_their_band_and_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = tmp_path / "speech-train-000.tar"
+    with tarfile.open(shard, "w") as tar:
+        for number in range(20):
+            file = io.BytesIO()
+            soundfile.write(file, noise(0.5, number), 16_000, format="FLAC")
+            add_member(tar, f"clip-{number}.flac", file.getvalue())
+            add_member(tar, f"clip-{number}.json", b'{"domain":"speech"}')
+    command = ["narrow_band.py", str(shard), "-o", str(tmp_path / "out"), "--every", "4", "--rates", "8000", "12000"]
+    monkeypatch.setattr(sys, "argv", command)
+    narrow_band()
+    made = tmp_path / "out" / "narrow-speech-train-000.tar"
+    clips = list(read_clips([made]))
+    assert 1 <= len(clips) <= 12 and {clip.domain for clip in clips} == {"speech"}
+    for clip in clips:
+        rate = int(clip.key.rpartition("-")[2])
+        assert clip.audio.shape == (8000,)
+        spectrum = np.abs(np.fft.rfft(clip.audio * np.hanning(8000))) ** 2  # bins of 2 Hz
+        edge = rate // 4
+        assert spectrum[edge + 100 :].mean() < 1e-6 * spectrum[: edge - 200].mean()
+    before = made.stat().st_mtime_ns
+    narrow_band()
+    assert made.stat().st_mtime_ns == before
+    monkeypatch.setattr(sys, "argv", [*command, "16000"])
+    with pytest.raises(SystemExit):
+        narrow_band()
+    assert "below 16000" in capsys.readouterr().err

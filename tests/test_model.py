@@ -271,6 +271,20 @@ def test_silence_is_no_error(kind: str) -> None:
     assert torch.isfinite(out.audio).all()
 
 
+@torch.no_grad()
+def test_what_lies_below_the_floor_is_all_the_same(tmp_path: Path) -> None:
+    model = tiny(log_mel_floor=3e-3)
+    loud, faint = noise(1, 5_000), noise(1, 5_000, scale=1e-7)
+    assert torch.equal(model.encode_acoustic(torch.zeros(1, 5_000)), model.encode_acoustic(faint))
+    published = tiny()
+    published.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model.encode_acoustic(loud), published.encode_acoustic(loud))
+    assert not torch.allclose(model.encode_acoustic(faint), published.encode_acoustic(faint), atol=1e-2)
+    model.save_pretrained(tmp_path)
+    again = DashengTokenizerModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.encode_acoustic(faint), model.encode_acoustic(faint))
+
+
 def test_published_mode_says_what_it_cannot_do() -> None:
     model = tiny(length_mode="published")
     with pytest.raises(AudioError, match="exact"):
@@ -289,6 +303,9 @@ def test_published_mode_says_what_it_cannot_do() -> None:
         {"length_mode": "roughly"},
         {"istft_hop": 300},
         {"istft_n_fft": 1000},
+        {"log_mel_floor": 0},
+        {"log_mel_floor": "low"},
+        {"log_mel_floor": float("nan")},
         {"embed_dim": 30, "num_heads": 4},
     ],
 )

@@ -130,9 +130,9 @@ def write_shards(rows: Iterable[Row], output: Path) -> None:
             continue
         with atomic_path(output / name) as temporary, tarfile.open(temporary, "w") as tar:
             for row in members:
-                _add(tar, f"{row['key']}.{row['format']}", Path(row["file"]).read_bytes())
+                add_member(tar, f"{row['key']}.{row['format']}", Path(row["file"]).read_bytes())
                 fields = {key: row[key] for key in _MEMBER_FIELDS if key in row}
-                _add(tar, f"{row['key']}.json", json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode())
+                add_member(tar, f"{row['key']}.json", json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode())
         with atomic_path(stamp):
             pass
     with atomic_path(output / "manifest.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -141,7 +141,8 @@ def write_shards(rows: Iterable[Row], output: Path) -> None:
             file.write(json.dumps(public, ensure_ascii=False) + "\n")
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Put a file into a tar; equal files make equal tars."""
     member = tarfile.TarInfo(name)  # its time stays 0, so that equal clips make equal shards
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,10 @@ class DashengTokenizerConfig(PreTrainedConfig):
             to itself makes one up, most of all in music. Off in the published layout.
         upsample_tokens: decoder frames a token; istft_hop · upsample_tokens must be 640.
         n_mels_patch: mel bands of the acoustic layer's input.
+        log_mel_floor: smallest magnitude in these bands, full scale 1; what lies below is taken for it before the
+            logarithm. 1e-7 is that of the published layout. There bands that hold nothing, as in a recording at 8 kHz,
+            lie so far from all others that the layer norm turns everything else down. White noise at -90 dBFS has
+            about 3e-3.
         hop_length: hop of the mel front ends in samples (not the token's 640; that is `model.hop_length`).
         semantic_encoder: the frozen encoder: `{"kind": "dasheng"}`, or `{"kind": K, "config": {…}}` with K one of
             whisper, wavlm, hubert, wav2vec2 and the transformers configuration of that model. More keys: see
@@ -73,6 +78,7 @@ class DashengTokenizerConfig(PreTrainedConfig):
         istft_block_dc: bool = False,
         upsample_tokens: int = 2,
         n_mels_patch: int = 128,
+        log_mel_floor: float = 1e-7,
         hop_length: int = 160,
         semantic_encoder: dict[str, Any] | None = None,
         normalize_semantic: bool = False,
@@ -100,6 +106,7 @@ class DashengTokenizerConfig(PreTrainedConfig):
         self.istft_block_dc = istft_block_dc
         self.upsample_tokens = upsample_tokens
         self.n_mels_patch = n_mels_patch
+        self.log_mel_floor = log_mel_floor
         self.hop_length = hop_length
         self.normalize_semantic = normalize_semantic
         self.length_mode = length_mode
@@ -145,6 +152,9 @@ class DashengTokenizerConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < (0 if name.endswith("depth") else 1):
                 raise ConfigurationError(f"{name} {value!r} must be a whole number above 0")
+        floor = self.log_mel_floor
+        if not isinstance(floor, int | float) or isinstance(floor, bool) or not 0 < floor < math.inf:
+            raise ConfigurationError(f"log_mel_floor {floor!r} must be a magnitude above 0, such as 1e-7")
         if self.length_mode not in LENGTH_MODES:
             raise ConfigurationError(f"length_mode {self.length_mode!r} is not one of {', '.join(LENGTH_MODES)}")
         if self.istft_hop * self.upsample_tokens != SAMPLES_PER_TOKEN or self.hop_length * 4 != SAMPLES_PER_TOKEN:

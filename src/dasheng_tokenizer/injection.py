@@ -22,13 +22,14 @@ Part = Literal["unified", "semantic", "acoustic"]
 class AcousticFrontEnd(nn.Module):
     """Mel magnitude spectrogram of the acoustic layer, in natural logarithm."""
 
-    def __init__(self, n_mels: int) -> None:
+    def __init__(self, n_mels: int, floor: float = 1e-7) -> None:
         super().__init__()
+        self.floor = floor
         self.mel_spec = MelSpectrogram(n_fft=1024, n_mels=n_mels, power=1.0)
 
     def forward(self, context_audio: Tensor, num_frames: int) -> Tensor:
         """Context audio (see `spectral`) → (B, n_mels, num_frames)."""
-        return self.mel_spec(context_audio, num_frames).clamp(min=1e-7).log()  # (B, n_mels, num_frames)
+        return self.mel_spec(context_audio, num_frames).clamp(min=self.floor).log()  # (B, n_mels, num_frames)
 
 
 class InjectionEncoder(nn.Module):
@@ -39,7 +40,7 @@ class InjectionEncoder(nn.Module):
         self.model = build_semantic_encoder(config)
         # The identity has no weights: the published layout stays as it is.
         self.semantic_norm = FeatureNorm(config.embed_dim) if config.normalize_semantic else nn.Identity()
-        self.front_end = AcousticFrontEnd(config.n_mels_patch)
+        self.front_end = AcousticFrontEnd(config.n_mels_patch, config.log_mel_floor)
         patch = (config.n_mels_patch, FRAMES_PER_TOKEN)
         self.patch_embed = Float32Conv2d(1, config.embed_dim, kernel_size=patch, stride=patch)
         self.norm = Float32LayerNorm(config.embed_dim, eps=1e-5)

@@ -65,7 +65,7 @@ class VAEEncoder(nn.Module):
         """Args: sizes."""
         super().__init__()
         width, depth = config.embed_dim, config.vae_depth
-        self.front_end = AcousticFrontEnd(config.n_mels_patch)
+        self.front_end = AcousticFrontEnd(config.n_mels_patch, config.log_mel_floor)
         patch = (config.n_mels_patch, FRAMES_PER_TOKEN)
         self.patch_embed = Float32Conv2d(1, width, kernel_size=patch, stride=patch)
         self.norm = Float32LayerNorm(width, eps=1e-5)
