@@ -29,13 +29,14 @@ from tqdm import tqdm
 from dasheng_tokenizer import DashengTokenizerModel
 from dasheng_tokenizer.errors import AudioError
 from dasheng_tokenizer.evaluation import metrics
+from dasheng_tokenizer.evaluation.codecs import griffin_lim
 from dasheng_tokenizer.spectral import SAMPLES_PER_TOKEN, with_context
 from dasheng_tokenizer.training.clips import read_clips
 from report import Report, Table
 
 Samples = npt.NDArray[np.float32]
 RATE, HOP = 16_000, 160
-FINE, COARSE = 1024, 640  # windows: of the acoustic layer, and of the decoder
+COARSE = 640  # window of the decoder
 FRAMES = 4  # log-mel frames a token
 RIDGE = 1e-5  # of the mean square of an input
 ITERATIONS = 60
@@ -73,14 +74,9 @@ def readout(model: DashengTokenizerModel, clips: list[Samples]) -> Tensor:
     return torch.linalg.solve(squares, inputs.T @ outputs)
 
 
-def griffin_lim(model: DashengTokenizerModel, mel: Tensor) -> Samples:
+def heard(mel: Tensor) -> Samples:
     """(bands, frames) log-mel → samples."""
-    bank = model.injection.front_end.mel_spec.mel_scale.fb.numpy()  # (bins, bands)
-    magnitude = librosa.util.nnls(bank.T, mel.exp().numpy())
-    decoded: Samples = librosa.griffinlim(
-        magnitude, n_iter=ITERATIONS, hop_length=HOP, n_fft=FINE, random_state=0
-    ).astype(np.float32)
-    return decoded
+    return griffin_lim(mel.numpy(), ITERATIONS)
 
 
 def crossed(magnitude_of: Samples, phase_of: Samples) -> Samples:
@@ -98,12 +94,9 @@ def variants(model: DashengTokenizerModel, matrix: Tensor, audio: Samples) -> It
     padded = F.pad(torch.from_numpy(audio), (0, len(latents) * SAMPLES_PER_TOKEN - audio.size)).numpy()
     read = (with_neighbours(latents) @ matrix).float().unflatten(1, (-1, FRAMES)).transpose(0, 1).flatten(1)
     yield "reconstruction", decoded
-    yield "Griffin-Lim on the log-mel spectrogram", griffin_lim(model, log_mel(model, padded, len(latents)))
-    yield "Griffin-Lim on what a linear map reads off the latents", griffin_lim(model, read)
-    yield (
-        "Griffin-Lim on the log-mel spectrogram of the reconstruction",
-        griffin_lim(model, log_mel(model, decoded, len(latents))),
-    )
+    yield "Griffin-Lim on the log-mel spectrogram", heard(log_mel(model, padded, len(latents)))
+    yield "Griffin-Lim on what a linear map reads off the latents", heard(read)
+    yield "Griffin-Lim on the log-mel spectrogram of the reconstruction", heard(log_mel(model, decoded, len(latents)))
     yield "magnitudes of the original, phases of the reconstruction", crossed(audio, decoded)
     yield "magnitudes of the reconstruction, phases of the original", crossed(decoded, audio)
 

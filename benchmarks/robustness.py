@@ -40,6 +40,7 @@ RATES = (8000, 11_025, 16_000, 22_050, 24_000, 44_100, 48_000)
 SHORTEST, LONGEST = 1.0, 4.0  # seconds
 NONE = "–"
 DOMAINS = ("speech", "music", "sound", "instrument")
+LEVEL = "level, dB"
 
 
 def at_level(codec: Codec, audio: Samples, level: float) -> tuple[Samples, Samples]:
@@ -62,10 +63,12 @@ def noisy(codec: Codec, audio: Samples, snr: float) -> tuple[Samples, Samples]:
 
 
 def figures(pairs: Iterable[tuple[str, Samples, Samples]]) -> dict[str, list[float]]:
-    """Values of every figure: `mel DOMAIN`, and `PESQ-WB` and `STOI` of speech."""
+    """Values of every figure: `mel DOMAIN`, the level against what was given, and `PESQ-WB` and `STOI` of speech."""
     values: dict[str, list[float]] = defaultdict(list)
     for domain, given, decoded in pairs:
         values[f"mel {domain}"].append(metrics.mel_distance(given, decoded))
+        powers = [float(np.mean(np.square(signal, dtype=np.float64))) for signal in (decoded, given)]
+        values[LEVEL].append(10 * float(np.log10(max(powers[0], 1e-12) / max(powers[1], 1e-12))))
         if domain == "speech":
             for name, metric in (("PESQ-WB", metrics.pesq_wb), ("STOI", metrics.stoi)):
                 try:
@@ -161,7 +164,7 @@ def draw(path: Path, rows: dict[str, list[list[str | float | int]]], columns: li
     for column, (name, label) in enumerate(zip(rows, labels, strict=True)):
         places = [float(row[0]) / (1000 if name == "rate" else 1) for row in rows[name]]
         for index, title in enumerate(columns, start=1):
-            if title == "STOI":
+            if title in ("STOI", LEVEL):
                 continue
             axis = axes[int(title == "PESQ-WB"), column]
             heights = [float("nan") if row[index] == NONE else float(row[index]) for row in rows[name]]
@@ -187,7 +190,7 @@ def main() -> None:
     model = DashengTokenizerModel.from_pretrained(arguments.model).eval()
 
     clips = some_clips(arguments.data, arguments.clips)
-    columns = ["PESQ-WB", "STOI", *(f"mel {domain}" for domain in DOMAINS)]
+    columns = ["PESQ-WB", "STOI", *(f"mel {domain}" for domain in DOMAINS), LEVEL]
     total = len(clips) * sum(map(len, (LEVELS, DRIVES, SNRS, RATES)))
     with tqdm(total=total, unit="clip") as bar:
         rows = sweep(model, clips, columns, bar)
@@ -220,6 +223,7 @@ def main() -> None:
             f"Embedded default, {arguments.clips} test clips of each domain, 1 to 4 s; mel distance: lower is better.",
             "Figures compare the reconstruction with what was given, changes and all; after a change of level both are "
             "brought back to the original one.",
+            "Level: power of the reconstruction against that of what was given, mean over the clips.",
             "At rates above 16 kHz the clips hold nothing above 8 kHz; what a recording has there is lost.",
             "Words and syllables of one language are joined to pieces of 4 s. `other voices`: the language was in "
             "training, these voices and recordings were not. Tracks of music were never in training, other tracks of "

@@ -16,7 +16,6 @@ the first and last layer of a denoiser. Go on from there:
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 from pathlib import Path
 

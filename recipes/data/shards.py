@@ -132,7 +132,9 @@ def write_shards(rows: Iterable[Row], output: Path) -> None:
             for row in members:
                 add_member(tar, f"{row['key']}.{row['format']}", Path(row["file"]).read_bytes())
                 fields = {key: row[key] for key in _MEMBER_FIELDS if key in row}
-                add_member(tar, f"{row['key']}.json", json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode())
+                add_member(
+                    tar, f"{row['key']}.json", json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+                )
         with atomic_path(stamp):
             pass
     with atomic_path(output / "manifest.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:

@@ -15,6 +15,9 @@ LENGTH_MODES = ("exact", "published")
 
 LATENT_KINDS = ("unified", "vae")
 
+PUBLISHED_FLOOR = 1e-7
+"""Smallest magnitude in a mel band of the published acoustic layer, full scale 1."""
+
 SEMANTIC_KINDS = ("dasheng", "whisper", "wavlm", "hubert", "wav2vec2")
 
 
@@ -44,7 +47,7 @@ class DashengTokenizerConfig(PreTrainedConfig):
         log_mel_floor: smallest magnitude in these bands, full scale 1; what lies below is taken for it before the
             logarithm. 1e-7 is that of the published layout. There bands that hold nothing, as in a recording at 8 kHz,
             lie so far from all others that the layer norm turns everything else down. White noise at -90 dBFS has
-            about 3e-3.
+            3e-3 around 4 kHz.
         hop_length: hop of the mel front ends in samples (not the token's 640; that is `model.hop_length`).
         semantic_encoder: the frozen encoder: `{"kind": "dasheng"}`, or `{"kind": K, "config": {…}}` with K one of
             whisper, wavlm, hubert, wav2vec2 and the transformers configuration of that model. More keys: see
@@ -78,7 +81,7 @@ class DashengTokenizerConfig(PreTrainedConfig):
         istft_block_dc: bool = False,
         upsample_tokens: int = 2,
         n_mels_patch: int = 128,
-        log_mel_floor: float = 1e-7,
+        log_mel_floor: float = PUBLISHED_FLOOR,
         hop_length: int = 160,
         semantic_encoder: dict[str, Any] | None = None,
         normalize_semantic: bool = False,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dasheng_tokenizer.configuration import DashengTokenizerConfig
+from dasheng_tokenizer.configuration import PUBLISHED_FLOOR, DashengTokenizerConfig
 from dasheng_tokenizer.semantic_encoder import (
     FRAMES_PER_TOKEN,
     FeatureNorm,
@@ -22,7 +22,7 @@ Part = Literal["unified", "semantic", "acoustic"]
 class AcousticFrontEnd(nn.Module):
     """Mel magnitude spectrogram of the acoustic layer, in natural logarithm."""
 
-    def __init__(self, n_mels: int, floor: float = 1e-7) -> None:
+    def __init__(self, n_mels: int, floor: float = PUBLISHED_FLOOR) -> None:
         super().__init__()
         self.floor = floor
         self.mel_spec = MelSpectrogram(n_fft=1024, n_mels=n_mels, power=1.0)

@@ -21,7 +21,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from dasheng_tokenizer.checkpoints import load_strictly
-from dasheng_tokenizer.configuration import DashengTokenizerConfig
+from dasheng_tokenizer.configuration import PUBLISHED_FLOOR, DashengTokenizerConfig
 from dasheng_tokenizer.decoder import VocosDecoder
 from dasheng_tokenizer.errors import AudioError, ConfigurationError, LatentError
 from dasheng_tokenizer.injection import InjectionEncoder
@@ -331,7 +331,7 @@ class DashengTokenizerModel(PreTrainedModel):
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def weights_hash(self) -> str:
-        """SHA-256 of all weights as float32, in hex.
+        """SHA-256 of all weights as float32, in hex, and of the floor of the log-mel spectrogram if it is an own one.
 
         A model that is moved to another device or cast to another precision afterwards keeps it, since its latents stay
         those of the same model; `from_pretrained(dtype=…)` asks before it casts.
@@ -342,6 +342,8 @@ class DashengTokenizerModel(PreTrainedModel):
             for name, tensor in sorted(self.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            if self.config.log_mel_floor != PUBLISHED_FLOOR:  # no weight, and yet latents hang on it
+                digest.update(f"log_mel_floor {self.config.log_mel_floor!r}".encode())
             self._hash_cache = (key, digest.hexdigest())
         return self._hash_cache[1]
 

@@ -205,15 +205,29 @@ class GriffinLim:
         Raises:
             MissingExtraError: librosa is not installed.
         """
-        librosa = require_extra("librosa", EXTRA)
-        mel = log_mel(audio)  # (128, frames)
-        settings = {"sr": RATE, "n_fft": 1024, "power": 1.0, "htk": True, "norm": None, "fmin": 0.0, "fmax": RATE / 2}
-        magnitude = librosa.feature.inverse.mel_to_stft(np.exp(mel), **settings)  # (513, frames)
         # Each frame but the first and last has a whole hop of samples on both sides; what lies beyond the clip is cut.
-        decoded = librosa.griffinlim(
-            magnitude, n_iter=self.iterations, hop_length=160, n_fft=1024, random_state=self.seed
-        )
-        return Decoded(decoded[: audio.size].astype(np.float32))
+        return Decoded(griffin_lim(log_mel(audio), self.iterations, self.seed)[: audio.size])
+
+
+def griffin_lim(mel: npt.NDArray[np.float32], iterations: int = 32, seed: int = 0) -> Samples:
+    """Audio for a log-mel spectrogram of the acoustic encoder, without a network.
+
+    Args:
+        mel: (bands, frames) natural logarithm of magnitudes, as `log_mel` gives.
+        iterations: of the fast variant of Griffin and Lim's method.
+        seed: of the phases it starts from.
+
+    Returns:
+        (160·(frames - 1),) samples at 16 kHz.
+
+    Raises:
+        MissingExtraError: librosa is not installed.
+    """
+    librosa = require_extra("librosa", EXTRA)
+    settings = {"sr": RATE, "n_fft": 1024, "power": 1.0, "htk": True, "norm": None, "fmin": 0.0, "fmax": RATE / 2}
+    magnitude = librosa.feature.inverse.mel_to_stft(np.exp(mel), **settings)  # (513, frames)
+    audio: Samples = librosa.griffinlim(magnitude, n_iter=iterations, hop_length=160, n_fft=1024, random_state=seed)
+    return audio.astype(np.float32)
 
 
 def log_mel(audio: Samples) -> npt.NDArray[np.float32]:
