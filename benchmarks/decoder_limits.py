@@ -2,7 +2,7 @@
 
     python benchmarks/decoder_limits.py --train '../shared/corpus/speech-train-*.tar' \
         --data '../shared/corpus/speech-test-*.tar' --report docs/reports/decoder_limits.json \
-        [--model FOLDER] [--clips 60]
+        [--model FOLDER] [--clips 60] [--title TEXT]
 
 The log-mel spectrogram of the acoustic layer is inverted by Griffin and Lim's method as it is, and as a linear map
 reads it off the latents: the difference is what the latents lose for a linear reader. Magnitudes and phases of original
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True, help="speech that is measured")
     parser.add_argument("--model", help="tokenizer folder (default: the embedded one)")
     parser.add_argument("--clips", type=int, default=60)
+    parser.add_argument("--title", default="What keeps reconstructed speech from the original")
     parser.add_argument("--report", type=Path, required=True)
     options = parser.parse_args()
     model = DashengTokenizerModel.from_pretrained(options.model).eval()
@@ -129,7 +130,7 @@ def main() -> None:
     table = [[name, *(f"{value:.3f}" for value in np.mean(rows, axis=0))] for name, rows in found.items()]
     count = len(next(iter(found.values())))
     Report(
-        title="What keeps reconstructed speech from the original",
+        title=options.title,
         command=shlex.join(["python", "benchmarks/decoder_limits.py", *sys.argv[1:]]),
         data=f"{count} clips of {' '.join(options.data)} of a second and more, {left_out} more had no figure",
         seed=0,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 from dasheng_tokenizer import AudioTokens, DashengTokenizerModel, load_audio
+from dasheng_tokenizer.audio import resample
 from dasheng_tokenizer.checkpoints import embedded_default
 from dasheng_tokenizer.evaluation.metrics import mel_distance, stoi
 from dasheng_tokenizer.training import train
@@ -80,6 +82,17 @@ def test_reconstruction_resembles_the_original(model: DashengTokenizerModel, cli
 def test_silence_decodes_to_silence(model: DashengTokenizerModel) -> None:
     for samples in (1, 700, 80_000):
         assert model(torch.zeros(1, samples)).audio.abs().max() < 1e-3  # -60 dBFS
+
+
+@pytest.mark.parametrize("rate", [8000, 11_025, 22_050])
+def test_what_has_empty_bands_keeps_its_level(
+    rate: int, model: DashengTokenizerModel, clips: dict[str, torch.Tensor]
+) -> None:
+    for name, clip in clips.items():
+        given = resample(clip.numpy()[None], 16_000, rate)
+        decoded = model.decompress(model.compress(given, rate)).numpy()
+        difference = 10 * np.log10(np.mean(decoded**2) / np.mean(given**2))
+        assert abs(difference) < 2, (name, difference)  # dB
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ Part = Literal["unified", "semantic", "acoustic"]
 
 
 class AcousticFrontEnd(nn.Module):
-    """Mel magnitude spectrogram of the acoustic layer, in natural logarithm."""
+    """Mel magnitude spectrogram of the acoustic layer, in natural logarithm; less than `floor` counts as `floor`."""
 
     def __init__(self, n_mels: int, floor: float = PUBLISHED_FLOOR) -> None:
         super().__init__()
