@@ -44,11 +44,11 @@ def test_published_recipe_is_the_published_architecture() -> None:
 def test_overrides_reach_nested_settings(tmp_path: Path) -> None:
     path = write(tmp_path, "steps: 5\n")
     overrides = ["data.batch_size=3", "optimizer.lr=1e-4", "optimizer.betas=[0.5, 0.9]", "output=runs/x"]
-    config = load_recipe(path, [*overrides, "model.depth=4"])
+    config = load_recipe(path, [*overrides, "model.depth=4", "model.log_mel_floor=3e-3"])
     assert (config.steps, config.data.batch_size, config.optimizer.lr) == (5, 3, 1e-4)
     assert config.optimizer.betas == (0.5, 0.9)
     assert config.output == Path("runs/x")
-    assert config.model == {"depth": 4}
+    assert config.model == {"depth": 4, "log_mel_floor": 0.003}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -28,6 +29,12 @@ class _PlainLoader(yaml.SafeLoader):
         node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
         self._depth -= 1
         return node
+
+
+# PyYAML takes 3e-3 for text, by YAML 1.1; by YAML 1.2, and to everyone who writes it, it is a number.
+_PlainLoader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def parse_yaml(text: str) -> Any:
