@@ -118,6 +118,18 @@ def make_task(config: TrainingConfig, data: MemoryData | None = None) -> Tokeniz
     return TokenizerTask(make_fabric(config), config, model, data or MemoryData())
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_latents_are_those_of_the_encoder_in_every_precision(tmp_path: Path, precision: str) -> None:
+    """Rounded audio has noise in bands that hold nothing, and a decoder that learns from it knows no empty bands."""
+    task = make_task(settings(tmp_path, precision=precision))
+    batch = MemoryData().batch(0)
+    with torch.no_grad():
+        generated = task._generate(batch)
+        model = task.state.model
+        torch.testing.assert_close(generated.acoustic, model.encode_acoustic(batch.audio), rtol=0, atol=1e-5)
+    assert generated.audio.dtype == torch.float32
+
+
 def weights(task: TokenizerTask) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in task.state.model.named_parameters()}
 
