@@ -93,7 +93,7 @@ class TokenizerEmbedder:
 
 
 class LogMelEmbedder:
-    """The input of the published acoustic layer: log-mel magnitudes of 4 frames, 512 numbers every 40 ms, floor 1e-7."""
+    """The input of the published acoustic layer: log-mel magnitudes of 4 frames, 512 numbers a token, floor 1e-7."""
 
     names: tuple[str, ...] = ("log-mel",)
     seconds_per_frame = SAMPLES_PER_TOKEN / SAMPLING_RATE
