@@ -28,6 +28,7 @@ from dasheng_tokenizer.enhancement.latent_space import latent_statistics
 from dasheng_tokenizer.enhancement.training_configuration import load_enhancement_recipe
 from dasheng_tokenizer.enhancement.training_data import open_data as open_mixtures
 from dasheng_tokenizer.enhancement.training_model import new_denoiser
+from dasheng_tokenizer.errors import ConfigurationError
 from dasheng_tokenizer.training.acoustic_start import start_acoustic_layer
 from dasheng_tokenizer.training.configuration import TrainingConfig, load_recipe
 from dasheng_tokenizer.training.loop import make_fabric
@@ -133,7 +134,11 @@ def main() -> None:
     config = load_recipe(arguments.config, [*arguments.settings, "accelerator=cpu", "devices=1"])
     old = DashengTokenizerModel.from_pretrained(arguments.model).eval()
     if arguments.denoiser is None:
-        change_tokenizer(config, old, arguments.power, arguments.floor).save_pretrained(arguments.output)
+        try:
+            changed = change_tokenizer(config, old, arguments.power, arguments.floor)
+        except ConfigurationError as error:
+            parser.error(str(error))
+        changed.save_pretrained(arguments.output)
         return
     denoiser = Denoiser.from_pretrained(arguments.denoiser)
     change_denoiser(config, arguments.recipe, denoiser, old, arguments.to).save_pretrained(arguments.output)

@@ -387,3 +387,7 @@ def test_narrow_copies_are_empty_above_their_band_and_made_once(
     with pytest.raises(SystemExit):
         narrow_band()
     assert "below 16000" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["narrow_band.py", str(tmp_path / "none.tar"), "-o", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        narrow_band()
+    assert "none.tar does not exist" in capsys.readouterr().err

@@ -20,7 +20,8 @@ import soxr
 from shards import add_member
 from tqdm import tqdm
 
-from dasheng_tokenizer.files import atomic_path
+from dasheng_tokenizer.errors import DashengTokenizerError
+from dasheng_tokenizer.files import atomic_path, make_folder
 from dasheng_tokenizer.spectral import SAMPLING_RATE
 from dasheng_tokenizer.training.clips import Clip, SkipReport, decoded_clips, find_shards
 
@@ -49,9 +50,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.every < 1 or not all(1000 <= rate < SAMPLING_RATE for rate in options.rates):
         parser.error(f"--every is at least 1, and every rate at least 1000 and below {SAMPLING_RATE}")
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        shards = find_shards(options.data)
+        make_folder(options.output)
+    except DashengTokenizerError as error:
+        parser.error(str(error))
     skipped = SkipReport()
-    for shard in tqdm(find_shards(options.data), unit="shard"):
+    for shard in tqdm(shards, unit="shard"):
         target = options.output / f"narrow-{shard.path.name}"
         if target.exists():
             continue
