@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_intermixed_args()  # settings may stand at the end
     given = [value is not None for value in (arguments.power, arguments.denoiser, arguments.to)]
-    if given not in ([True, False, False], [False, True, True]) or (arguments.floor and arguments.denoiser):
+    if given not in ([True, False, False], [False, True, True]) or (arguments.floor is not None and arguments.denoiser):
         parser.error("give --power, with or without --floor, or --denoiser and --to")
     config = load_recipe(arguments.config, [*arguments.settings, "accelerator=cpu", "devices=1"])
     old = DashengTokenizerModel.from_pretrained(arguments.model).eval()

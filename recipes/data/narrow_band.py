@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -66,8 +67,8 @@ def main() -> None:
                 if number % options.every == 0:
                     rate = options.rates[number // options.every % len(options.rates)]
                     add_member(tar, f"{clip.key}-{rate}.flac", narrow_copy(clip, rate))
-                    domain = f'{{"key":"{clip.key}-{rate}","domain":"{clip.domain}"}}'
-                    add_member(tar, f"{clip.key}-{rate}.json", domain.encode())
+                    fields = {"key": f"{clip.key}-{rate}", "domain": clip.domain}
+                    add_member(tar, f"{clip.key}-{rate}.json", json.dumps(fields, ensure_ascii=False).encode())
     if len(skipped):
         print(skipped.summary())
 

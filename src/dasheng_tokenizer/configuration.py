@@ -45,9 +45,8 @@ class DashengTokenizerConfig(PreTrainedConfig):
         upsample_tokens: decoder frames a token; istft_hop · upsample_tokens must be 640.
         n_mels_patch: mel bands of the acoustic layer's input.
         log_mel_floor: smallest magnitude in these bands, full scale 1; what lies below is taken for it before the
-            logarithm. 1e-7 is that of the published layout. There bands that hold nothing, as in a recording at 8 kHz,
-            lie so far from all others that the layer norm turns everything else down. White noise at -90 dBFS has
-            3e-3 around 4 kHz.
+            logarithm. 1e-7 is that of the published layout. White noise at -90 dBFS has 3e-3 around 4 kHz; a computed
+            layer (`acoustic_start`) then spends no power on the depth of bands that hold nothing.
         hop_length: hop of the mel front ends in samples (not the token's 640; that is `model.hop_length`).
         semantic_encoder: the frozen encoder: `{"kind": "dasheng"}`, or `{"kind": K, "config": {…}}` with K one of
             whisper, wavlm, hubert, wav2vec2 and the transformers configuration of that model. More keys: see

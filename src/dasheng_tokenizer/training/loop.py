@@ -108,7 +108,7 @@ def make_fabric(config: LoopConfig) -> Fabric:
     fabric: Fabric = lightning.Fabric(
         accelerator=config.accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision=config.precision
     )
-    # Fabric would round what goes into a module to bfloat16 before the module sees it: noise at -54 dB in all audio,
+    # Fabric would round what goes into a module to bfloat16 before the module sees it: noise at -56 dB in all audio,
     # which fills every band that holds nothing, and latents that no encoder gives. Autocast rounds where it may.
     fabric.strategy.precision.convert_input = _unchanged  # type: ignore[method-assign]
     fabric.launch()
