@@ -84,11 +84,11 @@ def test_silence_decodes_to_silence(model: DashengTokenizerModel) -> None:
         assert model(torch.zeros(1, samples)).audio.abs().max() < 1e-3  # -60 dBFS
 
 
-@pytest.mark.parametrize(("rate", "most"), [(8000, 9.5), (16_000, 2.0), (22_050, 5.0)])
+@pytest.mark.parametrize(("rate", "most"), [(8000, 1.5), (16_000, 1.5), (22_050, 2.5)])
 def test_what_has_empty_bands_is_not_lost(
     rate: int, most: float, model: DashengTokenizerModel, clips: dict[str, torch.Tensor]
 ) -> None:
-    """At 8 kHz the version before made it 25 dB softer."""
+    """At 8 kHz the fourth version made it 25 dB softer, the fifth up to 9 dB."""
     for name, clip in clips.items():
         given = resample(clip.numpy()[None], 16_000, rate)
         decoded = model.decompress(model.compress(given, rate)).numpy()
