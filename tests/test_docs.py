@@ -78,7 +78,9 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(
         pytest.skip("the embedded default is not in the package: no embedded/default/config.json")
     for clip in CLIPS.glob("*.flac"):
         shutil.copy(clip, tmp_path)
-    save_audio(tmp_path / "song.mp3", *load_audio(CLIPS / "music.flac"))
+    song, rate = load_audio(CLIPS / "music.flac")
+    # Half as loud: a decoder makes its own phases, and peaks near full scale go beyond it, with a warning.
+    save_audio(tmp_path / "song.mp3", 0.5 * song, rate)
     save_audio(tmp_path / "noisy.wav", *load_audio(CLIPS / "speech.flac"))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}  # shared: a reader reads on
